@@ -1,0 +1,36 @@
+"""SNELL in pure PyTorch: nothing here imports lightning or timm, and any training loop can use it."""
+
+from snell_lightning.adapters.config import SnellConfig
+from snell_lightning.adapters.delta import SnellDelta
+from snell_lightning.adapters.errors import UserError
+from snell_lightning.adapters.files import fingerprint, load_adapter, read_adapter, save_adapter
+from snell_lightning.adapters.injection import (
+    AdapterModule,
+    adapter_parameters,
+    adapter_state_dict,
+    deltas,
+    heads,
+    inject,
+    load_adapter_state_dict,
+    merge,
+)
+from snell_lightning.adapters.linear import SnellLinear
+
+__all__ = [
+    "AdapterModule",
+    "SnellConfig",
+    "SnellDelta",
+    "SnellLinear",
+    "UserError",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "deltas",
+    "fingerprint",
+    "heads",
+    "inject",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "merge",
+    "read_adapter",
+    "save_adapter",
+]

@@ -1,0 +1,110 @@
+"""The settings of an adapter, checked where they are made."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from snell_lightning.adapters.competition import SPARSIFIERS
+from snell_lightning.adapters.errors import UserError
+from snell_lightning.adapters.kernels import KERNELS
+
+
+@dataclass
+class SnellConfig:
+    r"""How a backbone is adapted with SNELL (arXiv 2411.01800).
+
+    Patterns are regular expressions, searched anywhere in a layer's name such as `blocks.0.attn.qkv`; where several
+    patterns of one setting match, the first counts.
+
+    Args:
+        rank: Columns of the two factor tensors, over all pieces. A multiple of `pieces`.
+        sparsity: Fraction of each update's entries that loses the competition, in [0, 1). At 0 nothing competes and the
+            update is the dense kernel, as in the released code.
+        kernel: `distance` (the paper's piecewise linear distance) or `linear` (LoRA's inner product).
+        sparsifier: `magnitude` (released code), `soft` (the paper's Eq. 5), `hard` (a plain mask) or `none` (dense).
+        pieces: Number of distances the kernel sums with alternating sign.
+        scale: Size of the distance kernel's coefficients.
+        dropout: Probability of dropping an entry of the update's input, in [0, 1).
+        drop_path: Probability of dropping the whole update for a sample, in [0, 1).
+        targets: Patterns of the layers to adapt; by default every linear layer and 1x1 convolution in the blocks.
+        exclude: Patterns of layers to leave alone.
+        rank_pattern: Rank by pattern, for layers that differ from `rank`.
+        sparsity_pattern: Sparsity by pattern, for layers that differ from `sparsity`.
+        dropout_pattern: Dropout by pattern, for layers that differ from `dropout`.
+        train_also: Patterns of the backbone's parameters that are trained besides the adapter and the head; by default
+            `cls_token` where the backbone has one.
+
+    Raises:
+        UserError: A value is out of its range, or a pattern is no regular expression.
+    """
+
+    rank: int = 32
+    sparsity: float = 0.9
+    kernel: str = "distance"
+    sparsifier: str = "magnitude"
+    pieces: int = 2
+    scale: float = 0.1
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    targets: list[str] | None = None
+    exclude: list[str] = field(default_factory=list)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    sparsity_pattern: dict[str, float] = field(default_factory=dict)
+    dropout_pattern: dict[str, float] = field(default_factory=dict)
+    train_also: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("kernel", self.kernel, KERNELS)
+        _check_choice("sparsifier", self.sparsifier, SPARSIFIERS)
+        if self.pieces < 1:
+            raise UserError(f"pieces must be at least 1, not {self.pieces}")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise UserError(f"scale must be a positive number, not {self.scale}")
+        for where, rank in [("rank", self.rank), *_labelled("rank_pattern", self.rank_pattern)]:
+            _check_rank(where, rank, self.pieces)
+        for where, value in [
+            ("sparsity", self.sparsity),
+            *_labelled("sparsity_pattern", self.sparsity_pattern),
+            ("dropout", self.dropout),
+            *_labelled("dropout_pattern", self.dropout_pattern),
+            ("drop_path", self.drop_path),
+        ]:
+            check_fraction(where, value)
+        for pattern in [
+            *(self.targets or []),
+            *self.exclude,
+            *self.rank_pattern,
+            *self.sparsity_pattern,
+            *self.dropout_pattern,
+            *(self.train_also or []),
+        ]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def check_fraction(where: str, value: float) -> None:
+    """Raise `UserError` unless `value` is in [0, 1)."""
+    if not 0 <= value < 1:
+        raise UserError(f"{where} must be at least 0 and below 1, not {value}")
+
+
+def _check_rank(where: str, rank: int, pieces: int) -> None:
+    if rank < 1 or rank % pieces:
+        near = max(pieces, round(rank / pieces) * pieces)
+        raise UserError(f"{where} must be a positive multiple of pieces ({pieces}), not {rank}; {near} would do")
+
+
+def _check_choice(what: str, given: str, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if given not in known:
+        near = difflib.get_close_matches(str(given), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{what} must be one of {', '.join(known)}, not {given!r}{hint}")
+
+
+def _labelled(setting: str, by_pattern: dict) -> list[tuple[str, float]]:
+    return [(f"{setting}[{pattern!r}]", value) for pattern, value in by_pattern.items()]

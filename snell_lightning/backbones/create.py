@@ -1,0 +1,129 @@
+"""Create a timm backbone, and say clearly what is wrong when that cannot be done.
+
+timm falls back to random weights with no more than a log line when a model has no pretrained weights; here that is an
+error, as is a hub that cannot be reached.
+"""
+
+import difflib
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg, is_model, parse_model_name
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from torch import nn
+
+from snell_lightning.adapters.errors import UserError
+from snell_lightning.backbones.embedded import EMBEDDED_BACKBONE
+
+_OFFLINE_CHOICES = (
+    f"offline choices: the embedded backbone {EMBEDDED_BACKBONE}, a timm checkpoint folder as local-dir:PATH, "
+    "or a hub cache filled on a connected machine (HF_HOME)"
+)
+
+
+def create_backbone(name: str, num_classes: int, pretrained: bool = True, **arguments: Any) -> nn.Module:
+    """Create a timm model with a fresh classifier.
+
+    Args:
+        name: A timm model name (`vit_base_patch16_224.augreg_in21k`), `hf-hub:ORG/NAME`, `local-dir:PATH`, or the
+            embedded backbone's name.
+        num_classes: Outputs of the classifier, at least 1.
+        pretrained: Load the pretrained weights; `False` starts from random ones.
+        **arguments: Passed on to `timm.create_model`, for example `drop_path_rate`.
+
+    Raises:
+        UserError: The name is unknown, has no pretrained weights though they were asked for, the weights cannot be
+            had, or an argument does not fit the model.
+    """
+    config = _pretrained_config(name)
+    if pretrained and not _has_weights(config):
+        raise UserError(
+            f"backbone {name!r} has no pretrained weights in timm; name one that has, such as "
+            f"{_with_weights(name)}, or ask for random weights with pretrained: false"
+        )
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+    except TypeError as error:
+        raise UserError(f"backbone {name!r} does not take these arguments {sorted(arguments)}: {error}") from error
+    except Exception as error:
+        if pretrained and _is_download_failure(error):
+            raise UserError(
+                f"the pretrained weights of {name!r} could not be downloaded ({_first_line(error)}); {_OFFLINE_CHOICES}"
+            ) from error
+        raise
+
+
+def data_config(name: str) -> dict[str, Any]:
+    """What the backbone expects of its images, without creating it.
+
+    Returns:
+        `input_size` (3, height, width), `mean` and `std` (three floats each), `interpolation`, `crop_pct`.
+
+    Raises:
+        UserError: The name is unknown.
+    """
+    resolved = resolve_data_config(pretrained_cfg=_pretrained_config(name))
+    return {key: resolved[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+
+
+def _pretrained_config(name: str) -> dict[str, Any]:
+    """timm's description of a pretrained model, for a name in any of the forms that `create_backbone` takes."""
+    try:
+        scheme, identifier = parse_model_name(name)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"backbone {name!r} is not a model name: {error}") from error
+    if scheme in ("hf-hub", "local-dir"):
+        load = load_model_config_from_hf if scheme == "hf-hub" else load_model_config_from_path
+        try:
+            config, *_ = load(identifier)
+        except Exception as error:
+            raise UserError(f"backbone {name!r} cannot be read ({_first_line(error)}); {_OFFLINE_CHOICES}") from error
+        return dict(config)
+    if not is_model(identifier):
+        raise UserError(f"there is no backbone {name!r} in timm; {_nearest(identifier)}")
+    config = get_pretrained_cfg(identifier, allow_unregistered=False) if _known_tag(identifier) else None
+    if config is None:
+        tags = [model for model in timm.list_pretrained(f"{identifier.split('.')[0]}.*")]
+        raise UserError(f"backbone {name!r} has no such pretrained tag; timm has {', '.join(tags) or 'none'}")
+    return dict(config.to_dict())
+
+
+def _known_tag(identifier: str) -> bool:
+    architecture, _, tag = identifier.partition(".")
+    return not tag or identifier in timm.list_models(f"{architecture}.*", include_tags=True)
+
+
+def _has_weights(config: dict[str, Any]) -> bool:
+    return any(config.get(key) for key in ("url", "file", "hf_hub_id", "state_dict")) or config.get("source") in (
+        "hf-hub",
+        "local-dir",
+    )
+
+
+def _with_weights(name: str) -> str:
+    near = difflib.get_close_matches(name, timm.list_pretrained(), n=2, cutoff=0.5)
+    return " or ".join(near) or EMBEDDED_BACKBONE
+
+
+def _nearest(identifier: str) -> str:
+    names = timm.list_models()
+    near = difflib.get_close_matches(identifier.split(".")[0], names, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {', '.join(near)}?"
+    return f"see timm.list_models() for the {len(names)} names"
+
+
+def _is_download_failure(error: BaseException) -> bool:
+    """Whether an error, or what caused it, came from the network or from the hub's client."""
+    seen: BaseException | None = error
+    while seen is not None:
+        module = type(seen).__module__.split(".")[0]
+        if isinstance(seen, OSError) or module in {"huggingface_hub", "requests", "httpx", "urllib3", "urllib"}:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

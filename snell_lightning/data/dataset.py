@@ -1,0 +1,185 @@
+"""From samples to batches, and what becomes of images that cannot be read.
+
+An unreadable image travels through the worker as an `UnreadableImage` beside the batch instead of as an
+exception: torch would bury an exception's text in the worker's traceback, and a count kept inside a worker
+would be lost. The `ImageLoader`, in the main process, takes them off the batch and either raises or counts.
+
+    worker:  dataset[i] -> (tensor, label) | UnreadableImage ; collate -> (images, labels, unreadable)
+    main:    ImageLoader -> raise UserError, or count; yields (images, labels)
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from snell_lightning.adapters.errors import UserError
+from snell_lightning.data.samplers import ShardSampler
+from snell_lightning.data.splits import Sample
+from snell_lightning.data.transforms import Transform
+
+_PATHS_NAMED = 3
+
+_log = logging.getLogger(__name__)
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Images (batch, 3, height, width), float32, and labels (batch,), int64."""
+
+
+@dataclass(frozen=True)
+class UnreadableImage:
+    """An image that could not be opened, and why, in one line."""
+
+    path: str
+    reason: str
+
+
+class ImageDataset(Dataset):
+    """Samples of one split, opened and transformed on access.
+
+    Args:
+        samples: Pairs of what `open_image` takes and the label.
+        open_image: Gives an RGB image, or raises if it cannot.
+        transform: From an RGB image to a tensor (3, height, width).
+        split: The split's name, for messages.
+        skip_unreadable: Leave unreadable images out of their batch and count them, instead of raising.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        open_image: Callable[[Any], Image.Image],
+        transform: Transform,
+        split: str,
+        skip_unreadable: bool = False,
+    ) -> None:
+        self.samples = samples
+        self.open_image = open_image
+        self.transform = transform
+        self.split = split
+        self.skip_unreadable = skip_unreadable
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | UnreadableImage:
+        """The transformed image (3, height, width) and its label, or the note that it cannot be read."""
+        source, label = self.samples[index]
+        try:
+            image = self.open_image(source)
+        except Exception as error:  # PIL's decoders raise whatever a broken file leads them to
+            return UnreadableImage(str(source), _reason(error))
+        return self.transform(image), label
+
+
+class ImageLoader(DataLoader):
+    """A loader of `(images, labels)` that deals with unreadable images in the main process.
+
+    With a `ShardSampler` every process yields equally many batches, the last of which may be short or even
+    empty on
+    some: sharded weights and synchronised buffers need every process to take part in every forward pass.
+
+    It has no constructor of its own, because lightning builds loaders anew from `DataLoader`'s arguments; use
+    `image_loader`.
+
+    Raises:
+        UserError: An image cannot be read and the data set does not skip such images.
+    """
+
+    dataset: ImageDataset
+
+    def __len__(self) -> int:
+        """Number of batches, the same on every process."""
+        sampler = getattr(self.batch_sampler, "sampler", None)
+        if not isinstance(sampler, ShardSampler):
+            return super().__len__()
+        return -(-sampler.longest_shard // self.batch_sampler.batch_size)  # type: ignore[union-attr]
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """One pass over the images of this process."""
+        # Started here and not at the first batch: it draws the workers' seed from the main generator.
+        return self._checked(super().__iter__())
+
+    def _checked(self, batches: Iterator[Any]) -> Iterator[Batch]:
+        """The batches without their unreadable images, filled up to `len(self)` with empty ones."""
+        skipped: list[UnreadableImage] = []
+        last = len(self) - 1
+        try:
+            for number in range(last + 1):
+                images, labels, unreadable = next(batches, None) or self._empty_batch()
+                if unreadable and not self.dataset.skip_unreadable:
+                    raise UserError(
+                        f"cannot read image {unreadable[0].path}: {unreadable[0].reason}; "
+                        "remove it or set data.on_bad_image to skip"
+                    )
+                skipped += unreadable
+                if number == last:  # lightning takes the last batch without asking for another
+                    self._report(skipped)
+                yield images, labels
+        finally:
+            self._report(skipped)
+
+    def _empty_batch(self) -> Any:
+        # Lightning's predict loop looks up the indices of each batch here.
+        getattr(self.batch_sampler, "seen_batch_indices", []).append([])
+        return self.collate_fn([])
+
+    def _report(self, skipped: list[UnreadableImage]) -> None:
+        """Say once per pass what this process left out."""
+        if not skipped:
+            return
+        paths = ", ".join(image.path for image in skipped[:_PATHS_NAMED])
+        more = ", ..." if len(skipped) > _PATHS_NAMED else ""
+        message = f"skipped {len(skipped)} unreadable image(s) of {self.dataset.split}: {paths}{more}"
+        sampler = getattr(self.batch_sampler, "sampler", None)
+        _log.warning(f"[rank {getattr(sampler, 'rank', 0)}] {message}")
+        skipped.clear()
+
+
+def image_loader(
+    dataset: ImageDataset, sampler: Sampler, batch_size: int, image_size: int, num_workers: int
+) -> ImageLoader:
+    """Build the loader of one split.
+
+    Args:
+        dataset: The split's images.
+        sampler: Which of them this process takes, and in which order.
+        batch_size: Images per batch and process.
+        image_size: Height and width of the transformed images, in pixels.
+        num_workers: Worker processes; 0 loads in the main process.
+    """
+    return ImageLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=partial(_collate, image_size=image_size),
+        pin_memory=torch.accelerator.is_available(),
+        # Fresh workers are seeded from the main generator at every epoch, which is what makes a resumed run
+        # see the same augmentations as an uninterrupted one.
+        persistent_workers=False,
+    )
+
+
+def _collate(
+    items: Sequence[tuple[torch.Tensor, int] | UnreadableImage], image_size: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[UnreadableImage, ...]]:
+    """Stack what could be read; images (0, 3, image_size, image_size) if nothing could."""
+    read = [item for item in items if not isinstance(item, UnreadableImage)]
+    unreadable = tuple(item for item in items if isinstance(item, UnreadableImage))
+    labels = torch.tensor([label for _, label in read], dtype=torch.long)
+    if not read:
+        return torch.zeros(0, 3, image_size, image_size), labels, unreadable
+    return torch.stack([image for image, _ in read]), labels, unreadable
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image in a format that PIL knows"
+    return " ".join(str(error).split()) or type(error).__name__

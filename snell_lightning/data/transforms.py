@@ -1,0 +1,118 @@
+"""From an RGB image to a normalised tensor, for training and for evaluation.
+
+Sizes, normalisation and evaluation crop come from the backbone's own configuration unless overridden. All
+randomness is drawn from torch's generator, so the seed of the run settles it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+from torchvision.transforms import InterpolationMode, v2
+
+from snell_lightning.adapters.errors import UserError
+
+Augmentation = Literal["crop", "light", "none"]
+NormalizationName = Literal["auto", "imagenet", "inception", "none"]
+Transform = Callable[[Image.Image], torch.Tensor]
+
+_FIXED = {
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel normalisation `(pixel - mean) / std` of pixels in [0, 1].
+
+    Args:
+        name: What was asked for: `auto`, `imagenet`, `inception` or `none`.
+        mean: Mean of the red, green and blue channel.
+        std: Standard deviation of the red, green and blue channel.
+    """
+
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def resolve(cls, name: str, config: Mapping[str, Any]) -> "Normalization":
+        """The mean and standard deviation that a name stands for.
+
+        Args:
+            name: `auto` for the backbone's own, `imagenet`, `inception` (0.5 and 0.5) or `none` (0 and 1).
+            config: The backbone's `mean` and `std`.
+
+        Raises:
+            UserError: The name is none of these.
+        """
+        require_choice("normalization", name, get_args(NormalizationName))
+        mean, std = _FIXED[name] if name in _FIXED else (config["mean"], config["std"])
+        return cls(name, tuple(float(value) for value in mean), tuple(float(value) for value in std))
+
+
+def build_transforms(
+    config: Mapping[str, Any], augmentation: str, normalization: str, image_size: int
+) -> tuple[Transform, Transform]:
+    """Build the transforms for training and for evaluation.
+
+    Args:
+        config: The backbone's `mean`, `std`, `interpolation` and `crop_pct`.
+        augmentation: `crop`: train on random crops of 8 to 100 % of the area and horizontal flips, evaluate
+            on the centre crop that the backbone was evaluated on. `light`: train on random crops of 80 to 100
+            % without flips, evaluate on the whole image. `none`: the whole image resized to the square, in
+            training and in evaluation (the VTAB protocol). Resizing is bicubic, except for the centre crop,
+            which uses the backbone's own interpolation.
+        normalization: See `Normalization.resolve`.
+        image_size: Height and width of the result, in pixels.
+
+    Returns:
+        Training and evaluation transform, each from an RGB image to float32 (3, image_size, image_size).
+
+    Raises:
+        UserError: `augmentation` or `normalization` is none of the choices.
+    """
+    require_choice("augmentation", augmentation, get_args(Augmentation))
+    scale = Normalization.resolve(normalization, config)
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(scale.mean, scale.std)]
+    whole = v2.Resize((image_size, image_size), InterpolationMode.BICUBIC)
+    train: list[Any]
+    evaluation: list[Any]
+    if augmentation == "crop":
+        interpolation = InterpolationMode(config["interpolation"])
+        train = [_random_crop(image_size, smallest=0.08), v2.RandomHorizontalFlip()]
+        evaluation = [
+            v2.Resize(int(image_size / config["crop_pct"]), interpolation),
+            v2.CenterCrop(image_size),
+        ]
+    elif augmentation == "light":
+        train, evaluation = [_random_crop(image_size, smallest=0.8)], [whole]
+    else:
+        train, evaluation = [whole], [whole]
+    return v2.Compose([*train, *to_tensor, v2.ToPureTensor()]), v2.Compose(
+        [*evaluation, *to_tensor, v2.ToPureTensor()]
+    )
+
+
+def require_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    """Check a value that must be one of a few.
+
+    Raises:
+        UserError: It is none of them.
+    """
+    if value not in choices:
+        raise UserError(f"data.{argument} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def _random_crop(image_size: int, smallest: float) -> v2.RandomResizedCrop:
+    return v2.RandomResizedCrop(image_size, scale=(smallest, 1.0), interpolation=InterpolationMode.BICUBIC)
