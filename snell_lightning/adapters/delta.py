@@ -164,8 +164,9 @@ class Noise:
         entries = samples = None
         rows = x.numel() // x.shape[-1]
         if self.drop_path:
-            kept = _keep_mask(x.new_empty(len(x), 1), self.drop_path, generator)
-            samples = kept.repeat_interleave(rows // max(len(x), 1), dim=0)
+            count = len(x) if x.dim() > 1 else 1
+            kept = _keep_mask(x.new_empty(count, 1), self.drop_path, generator)
+            samples = kept.repeat_interleave(rows // max(count, 1), dim=0)
         if self.dropout:
             entries = _keep_mask(x.new_empty(rows, x.shape[-1]), self.dropout, generator)
         return entries, samples
@@ -246,10 +247,15 @@ class _TunedLinear(torch.autograd.Function):
             if noise is None and _merged_is_exact(x, weight):
                 y = F.linear(tall_x, update.add_(weight) if update.dtype == weight.dtype else weight + update, bias)
             else:
-                y = F.linear(tall_x, weight.to(x.dtype), bias)
                 entries, samples = noise.masks(x) if noise else (None, None)
-                extra = _low_precision_linear(tall_x if entries is None else tall_x * entries, update)
-                y += extra if samples is None else extra * samples
+                y = _low_precision_linear(tall_x if entries is None else tall_x * entries, update)
+                if samples is not None:
+                    y *= samples
+                # The update comes first, so that the sum is rounded once: added to a product that is rounded already, an
+                # update below half the spacing would always be lost; this way it survives on average.
+                y.addmm_(tall_x, weight.to(x.dtype).T)
+                if bias is not None:
+                    y += bias
         ctx.rules, ctx.noise = rules, noise
         ctx.save_for_backward(x, weight, *factors, *taus)
         return y

@@ -5,9 +5,13 @@ error, as is a hub that cannot be reached.
 """
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
+from huggingface_hub import constants as hub
+from huggingface_hub.utils import get_session
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, is_model, parse_model_name
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
@@ -43,13 +47,15 @@ def create_backbone(name: str, num_classes: int, pretrained: bool = True, **argu
             f"{_with_weights(name)}, or ask for random weights with pretrained: false"
         )
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+        with _hub_or_cache(pretrained and not config.get("file") and config.get("source") != "local-dir"):
+            return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
     except TypeError as error:
         raise UserError(f"backbone {name!r} does not take these arguments {sorted(arguments)}: {error}") from error
     except Exception as error:
         if pretrained and _is_download_failure(error):
             raise UserError(
-                f"the pretrained weights of {name!r} could not be downloaded ({_first_line(error)}); {_OFFLINE_CHOICES}"
+                f"the pretrained weights of {name!r} are not in the cache and the hub cannot be reached; "
+                f"{_OFFLINE_CHOICES}"
             ) from error
         raise
 
@@ -67,6 +73,22 @@ def data_config(name: str) -> dict[str, Any]:
     return {key: resolved[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
 
 
+@contextmanager
+def _hub_or_cache(needed: bool) -> Iterator[None]:
+    """Look for the hub once, and use its cache alone where it does not answer, instead of minutes of retries."""
+    if not needed or hub.HF_HUB_OFFLINE:
+        yield
+        return
+    try:
+        get_session().head(hub.ENDPOINT, timeout=10)
+    except Exception:
+        hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = False
+
+
 def _pretrained_config(name: str) -> dict[str, Any]:
     """timm's description of a pretrained model, for a name in any of the forms that `create_backbone` takes."""
     try:
@@ -76,7 +98,8 @@ def _pretrained_config(name: str) -> dict[str, Any]:
     if scheme in ("hf-hub", "local-dir"):
         load = load_model_config_from_hf if scheme == "hf-hub" else load_model_config_from_path
         try:
-            config, *_ = load(identifier)
+            with _hub_or_cache(scheme == "hf-hub"):
+                config, *_ = load(identifier)
         except Exception as error:
             raise UserError(f"backbone {name!r} cannot be read ({_first_line(error)}); {_OFFLINE_CHOICES}") from error
         return dict(config)

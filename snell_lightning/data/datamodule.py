@@ -53,8 +53,8 @@ class ImageDataModule(lightning.LightningDataModule):
             given.
         normalization: `auto` (the backbone's own mean and standard deviation), `imagenet`, `inception` (0.5
             and 0.5) or `none` (pixels stay in [0, 1]).
-        augmentation: `crop` (random crops of 8 to 100 % of the area and horizontal flips; centre crop in
-            evaluation), `light` (random crops of 80 to 100 %, no flips; whole image in evaluation) or `none`
+        augmentation: `crop` (random crops of 0.08 to 1 of the area and horizontal flips; centre crop in
+            evaluation), `light` (random crops of 0.8 to 1, no flips; whole image in evaluation) or `none`
             (the whole image resized to a square, in training too: the VTAB protocol).
         val_fraction: Share of the images split off for validation where the source has no validation split of
             its own, above 0 and below 1.
@@ -137,7 +137,8 @@ class ImageDataModule(lightning.LightningDataModule):
         mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return (
             f"data: {self.source}, {len(splits.train)} train / {len(splits.val)} val / "
-            f"{len(splits.test)} test images, {self.num_classes} classes, {self.image_size} x {self.image_size} pixels, "
+            f"{len(splits.test)} test images, {self.num_classes} classes, "
+            f"{self.image_size} x {self.image_size} pixels, "
             f"normalisation {self.normalization.name} (mean {mean}, std {std})"
         )
 
@@ -168,12 +169,14 @@ class ImageDataModule(lightning.LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> ImageLoader:
-        """This process's share of the test images.
+        """This process's share of the test images; none is skipped, so that each prediction finds its image.
 
         Raises:
             UserError: There are none.
         """
-        return self._eval_loader("test")
+        loader = self._eval_loader("test")
+        loader.dataset.skip_unreadable = False
+        return loader
 
     def _eval_loader(self, split: Literal["val", "test"]) -> ImageLoader:
         samples = self.splits.val if split == "val" else self.splits.test

@@ -9,6 +9,7 @@ would be lost. The `ImageLoader`, in the main process, takes them off the batch 
 """
 
 import logging
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.data.samplers import ShardSampler
@@ -102,12 +103,17 @@ class ImageLoader(DataLoader):
         return -(-sampler.longest_shard // self.batch_sampler.batch_size)  # type: ignore[union-attr]
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """One pass over the images of this process."""
-        # Started here and not at the first batch: it draws the workers' seed from the main generator.
-        return self._checked(super().__iter__())
+        """One pass over the images of this process, without the unreadable ones, filled up with empty batches.
 
-    def _checked(self, batches: Iterator[Any]) -> Iterator[Batch]:
-        """The batches without their unreadable images, filled up to `len(self)` with empty ones."""
+        Nothing starts before the first batch is asked for: lightning makes the iterator before it sets the epoch,
+        and workers that start then would fetch the order of epoch 0, whatever the epoch that is resumed. The
+        workers' seed depends on seed, epoch and process alone, and leaves the main generator untouched.
+        """
+        sampler = getattr(self.batch_sampler, "sampler", None)
+        if self.generator is not None and isinstance(sampler, DistributedSampler):
+            epoch_seed = random.Random(f"{sampler.seed} {sampler.epoch} {sampler.rank}")
+            self.generator.manual_seed(epoch_seed.getrandbits(63))
+        batches = super().__iter__()
         skipped: list[UnreadableImage] = []
         last = len(self) - 1
         try:
@@ -161,9 +167,10 @@ def image_loader(
         num_workers=num_workers,
         collate_fn=partial(_collate, image_size=image_size),
         pin_memory=torch.accelerator.is_available(),
-        # Fresh workers are seeded from the main generator at every epoch, which is what makes a resumed run
-        # see the same augmentations as an uninterrupted one.
+        # Fresh workers are seeded at every epoch, which is what makes a resumed run see the same augmentations
+        # as an uninterrupted one.
         persistent_workers=False,
+        generator=torch.Generator(),
     )
 
 

@@ -106,8 +106,8 @@ def split_off(
     size = max(round(fraction * len(samples)), present)
     if len(samples) - size < present:
         raise UserError(
-            f"{len(samples)} images of {present} classes are too few to split {fraction:.0%} off for {name} "
-            f"({_smallest(samples, classes)} is the smallest class); add images or lower data.{name}_fraction"
+            f"{len(samples)} images of {present} classes are too few to split {fraction:.0%} off for {name}"
+            f"; the smallest class is {_smallest(samples, classes)}; add images or lower data.{name}_fraction"
         )
     kept, taken = train_test_split(range(len(samples)), test_size=size, stratify=labels, random_state=seed)
     return [samples[index] for index in sorted(kept)], [samples[index] for index in sorted(taken)]

@@ -68,9 +68,9 @@ def build_transforms(
 
     Args:
         config: The backbone's `mean`, `std`, `interpolation` and `crop_pct`.
-        augmentation: `crop`: train on random crops of 8 to 100 % of the area and horizontal flips, evaluate
-            on the centre crop that the backbone was evaluated on. `light`: train on random crops of 80 to 100
-            % without flips, evaluate on the whole image. `none`: the whole image resized to the square, in
+        augmentation: `crop`: train on random crops of 0.08 to 1 of the area and horizontal flips, evaluate
+            on the centre crop that the backbone was evaluated on. `light`: train on random crops of 0.8 to 1
+            without flips, evaluate on the whole image. `none`: the whole image resized to the square, in
             training and in evaluation (the VTAB protocol). Resizing is bicubic, except for the centre crop,
             which uses the backbone's own interpolation.
         normalization: See `Normalization.resolve`.

@@ -1,0 +1,8 @@
+"""Callbacks: what watches a run, and what is saved of it."""
+
+from snell_lightning.callbacks.checkpoint import AdapterCheckpoint
+from snell_lightning.callbacks.finite import FiniteLoss
+from snell_lightning.callbacks.monitor import SnellMonitor
+from snell_lightning.callbacks.predictions import PredictionWriter
+
+__all__ = ["AdapterCheckpoint", "FiniteLoss", "PredictionWriter", "SnellMonitor"]

@@ -1,0 +1,63 @@
+"""Write what `predict` finds to a CSV file."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+
+class PredictionWriter(BasePredictionWriter):
+    """One line per image: the image, the most probable class and its probability.
+
+    The file is `predictions.csv` in the run's folder; with several processes each writes `predictions.RANK.csv` with its
+    share of the images.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+        self.path: Path | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the file."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        name = "predictions.csv" if trainer.world_size == 1 else f"predictions.{trainer.global_rank}.csv"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / name
+        self._write([("image", "class", "probability")], "w")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Tensor,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Add a batch of probabilities `(batch, num_classes)`."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        samples = data.splits.test
+        probabilities, labels = prediction.float().cpu().max(-1)
+        rows = []
+        for index, label, probability in zip(
+            batch_indices or (), labels.tolist(), probabilities.tolist(), strict=True
+        ):
+            source = samples[index][0]
+            image = source if isinstance(source, (str, Path)) else index
+            rows.append((image, data.class_names[label], f"{probability:.6f}"))
+        self._write(rows, "a")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the file is."""
+        rank_zero_info(f"predictions: {self.path}")
+
+    def _write(self, rows: Sequence[tuple], mode: str) -> None:
+        assert self.path is not None
+        with self.path.open(mode, newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)

@@ -1,0 +1,217 @@
+"""The command line: LightningCLI with shipped configs, named callbacks, and errors of one line.
+
+    python -m snell_lightning {fit,validate,test,predict} --config vit.yaml [--config MORE.yaml ...] [--KEY VALUE ...]
+
+What is given later wins: built-in defaults, then configs from left to right, then the settings a checkpoint was made with
+(where `--ckpt_path` names one), then values on the command line, wherever they stand.
+"""
+
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from snell_lightning.adapters import UserError
+from snell_lightning.callbacks import AdapterCheckpoint, FiniteLoss, PredictionWriter, SnellMonitor
+from snell_lightning.data import ImageDataModule
+from snell_lightning.module import ImageClassifier
+
+_PACKAGE = Path(__file__).parent
+# In a checkout the configs stand beside the package, in an installed wheel inside it.
+SHIPPED_CONFIGS = next(
+    (folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE / "configs"
+)
+_DEBUG = "SNELL_DEBUG"
+
+
+class SnellParser(LightningArgumentParser):
+    """A parser whose errors are one line that names the nearest valid key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise `UserError` in place of printing usage and traceback hints."""
+        text = " ".join(message.split())
+        unknown = re.search(
+            r"(?:Key ['\"]?|Unrecognized arguments: --|unrecognized arguments: --|group ['\"])([\w.]+)", text
+        )
+        if unknown and ("not expected" in text or "nrecognized" in text or "does not accept" in text):
+            near = _nearest_key(self, unknown[1])
+            text = f"there is no config key {unknown[1]!r}" + (f"; did you mean {near!r}?" if near else "")
+        raise UserError(text) from ex
+
+
+class SnellCLI(LightningCLI):
+    """LightningCLI for `ImageClassifier` and `ImageDataModule`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Name the callbacks, and let the data decide what follows from it."""
+        parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SnellMonitor, "monitor")
+        parser.link_arguments("model.backbone", "data.backbone")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint's settings were put below the command line's by `arrange_arguments` already."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; a user's mistake ends it with one line on stderr and status 1.
+
+    Args:
+        arguments: The command line without the program's name; by default that of this process.
+    """
+    _quieten()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if os.environ.get(_DEBUG):
+        _run(arguments)
+        return
+    try:
+        _run(arguments)
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK"))
+        where = f" [process {rank}]" if rank is not None else ""
+        print(f"error{where}: {line}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _run(arguments: list[str]) -> None:
+    arguments = arrange_arguments(arguments)
+    # LightningCLI warns of arguments given beside sys.argv; these replace it.
+    sys.argv[1:] = arguments
+    SnellCLI(
+        ImageClassifier,
+        ImageDataModule,
+        parser_class=SnellParser,
+        seed_everything_default=0,
+        trainer_defaults={
+            "callbacks": [FiniteLoss(), PredictionWriter()],
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": "runs", "name": ""},
+            },
+        },
+        save_config_kwargs={"overwrite": False},
+        auto_configure_optimizers=False,
+    )
+
+
+def arrange_arguments(arguments: Sequence[str]) -> list[str]:
+    """Put a command line into the order of precedence: command, configs, the checkpoint's settings, values.
+
+    For example `fit --model.adapter.rank 4 --config vit.yaml` becomes `fit --config .../vit.yaml --model.adapter.rank 4`.
+
+    Raises:
+        UserError: A config is neither a file nor shipped, or the checkpoint cannot be read.
+    """
+    command = [argument for argument in arguments[:1] if not argument.startswith("-")]
+    configs: list[str] = []
+    values: list[str] = []
+    checkpoint: str | None = None
+    rest = iter(arguments[len(command) :])
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-c"):
+            configs += ["--config", find_config(value if equals else _value(rest, name))]
+            continue
+        values.append(argument)
+        if name == "--ckpt_path":
+            checkpoint = value if equals else _value(rest, name)
+            if not equals:
+                values.append(checkpoint)
+    if checkpoint is not None and checkpoint not in ("best", "last", "hpc", "null"):
+        configs += ["--config", json.dumps({"model": _checkpoint_settings(checkpoint)})]
+    return [*command, *configs, *values]
+
+
+def find_config(name: str) -> str:
+    """The path of a config: the file of that name, or else the shipped config.
+
+    Raises:
+        UserError: There is neither.
+    """
+    if Path(name).is_file():
+        return name
+    if (SHIPPED_CONFIGS / name).is_file():
+        return str(SHIPPED_CONFIGS / name)
+    shipped = sorted(str(path.relative_to(SHIPPED_CONFIGS)) for path in SHIPPED_CONFIGS.rglob("*.yaml"))
+    near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(shipped)}"
+    raise UserError(f"there is no config file {name!r}, neither here nor among the shipped ones; {hint}")
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell a user about an error, on one line; None where it is no user's mistake but a fault of ours."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the device ran out of memory; lower data.batch_size and raise trainer.accumulate_grad_batches by the "
+            "same factor"
+        )
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename}" if error.filename else " ".join(str(error).split())
+    if isinstance(error, (UserError, MisconfigurationException)):
+        return " ".join(str(error).split())
+    return None
+
+
+def _value(rest: Any, name: str) -> str:
+    value = next(rest, None)
+    if value is None:
+        raise UserError(f"{name} needs a value")
+    return value
+
+
+def _checkpoint_settings(path: str) -> dict[str, Any]:
+    """The model's settings that a checkpoint was made with."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        settings = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
+        json.dumps(settings)
+    except Exception as error:
+        raise UserError(
+            f"{path} is not a checkpoint of this package, or is damaged ({type(error).__name__})"
+        ) from error
+    # Comes from the data, and where to start from is what the checkpoint itself says.
+    return {key: value for key, value in settings.items() if key not in ("num_classes", "adapter_file")}
+
+
+def _nearest_key(parser: LightningArgumentParser, key: str) -> str | None:
+    """The valid key most like `key`, of this parser and those of its commands."""
+    keys: set[str] = set()
+    for each in [parser, *getattr(parser, "_subcommand_parsers", {}).values()]:
+        keys |= {action.dest for action in each._actions if action.dest not in ("help", "==SUPPRESS==")}
+    for prefix, cls in (("model", ImageClassifier), ("data", ImageDataModule)):
+        keys |= {f"{prefix}.{name}" for name in cls.__init__.__annotations__ if name != "return"}
+    from dataclasses import fields
+
+    from snell_lightning.adapters import SnellConfig
+
+    keys |= {f"model.adapter.{field.name}" for field in fields(SnellConfig)}
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not near:
+        # A key inside a group is reported without the group's name.
+        by_leaf = {name.rpartition(".")[2]: name for name in sorted(keys)}
+        leaf = difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.6)
+        near = [by_leaf[leaf[0]]] if leaf else []
+    return near[0] if near else None
+
+
+def _quieten() -> None:
+    """Switch off what is not about the run: advertisements, and advice that does not apply."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")

@@ -1,0 +1,325 @@
+"""The LightningModule: a timm backbone with SNELL adapters, trained to classify images.
+
+Thin glue. The mathematics is in `adapters/`, the images come from `data/`, and `callbacks/` watch and save. Checkpoints
+hold the trained tensors alone: the frozen backbone comes from where it came from before, and its fingerprint is checked.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.data import Mixup
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from snell_lightning.adapters import (
+    SnellConfig,
+    UserError,
+    adapter_parameters,
+    adapter_state_dict,
+    fingerprint,
+    heads,
+    inject,
+    load_adapter,
+)
+from snell_lightning.backbones import EMBEDDED_BACKBONE, create_backbone
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageClassifier(LightningModule):
+    """Image classification by tuning a pretrained backbone with SNELL.
+
+    Args:
+        backbone: A timm model name, `hf-hub:ORG/NAME`, `local-dir:PATH`, or the backbone that ships with the package.
+        num_classes: Number of classes; on the command line it comes from the data.
+        pretrained: Start from pretrained weights. If they cannot be had, that is an error.
+        backbone_args: Further arguments of `timm.create_model`, such as `drop_path_rate`.
+        adapter: What is tuned and how; null trains the head alone (a linear probe).
+        adapter_file: An adapter file to start from, or to test or predict with; made with the same `adapter` settings.
+        optimizer: Makes the optimizer from parameter groups.
+        warmup: Fraction of all steps in which the learning rate rises linearly from `warmup_lr`, in [0, 1).
+        warmup_lr: Learning rate of the first step.
+        min_lr: Learning rate at the end of the cosine, which starts where the warm-up ends.
+        layer_decay: Factor on the learning rate from each layer of the backbone to the one before it, in (0, 1].
+        label_smoothing: Share of the target spread over all classes, in [0, 1).
+        mixup: Alpha of Mixup; 0 is off.
+        cutmix: Alpha of CutMix; 0 is off. With both on, each batch gets one of them.
+
+    Raises:
+        UserError: A value is out of its range, or the backbone or the adapter file cannot be used.
+    """
+
+    def __init__(
+        self,
+        backbone: str = EMBEDDED_BACKBONE,
+        num_classes: int = 10,
+        pretrained: bool = True,
+        backbone_args: dict[str, Any] | None = None,
+        adapter: SnellConfig | None = SnellConfig(),  # noqa: B008 - never modified
+        adapter_file: str | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup: float = 0.1,
+        warmup_lr: float = 1e-6,
+        min_lr: float = 1e-5,
+        layer_decay: float = 1.0,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
+        super().__init__()
+        adapter = SnellConfig(**adapter) if isinstance(adapter, dict) else adapter
+        self.save_hyperparameters(logger=False)
+        # Checkpoints hold plain values: given from Python, the optimizer is a function and stays out.
+        if isinstance(self.hparams.get("adapter"), SnellConfig):
+            self.hparams["adapter"] = asdict(self.hparams["adapter"])
+        if callable(self.hparams.get("optimizer")):
+            del self.hparams["optimizer"]
+        _check_range("num_classes", num_classes, num_classes >= 1, "at least 1")
+        _check_range("warmup", warmup, 0 <= warmup < 1, "at least 0 and below 1: a fraction of all steps")
+        _check_range("layer_decay", layer_decay, 0 < layer_decay <= 1, "above 0 and at most 1")
+        _check_range("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1")
+        _check_range("mixup", mixup, mixup >= 0, "at least 0")
+        _check_range("cutmix", cutmix, cutmix >= 0, "at least 0")
+
+        self.backbone_name, self.adapter_config, self.num_classes = backbone, adapter, num_classes
+        self.optimizer_factory = optimizer
+        self.warmup, self.warmup_lr, self.min_lr, self.layer_decay = warmup, warmup_lr, min_lr, layer_decay
+        self.label_smoothing = label_smoothing
+
+        self.model = create_backbone(backbone, num_classes, pretrained, **(backbone_args or {}))
+        if adapter is None:
+            _freeze_all_but_head(self.model)
+        else:
+            inject(self.model, adapter)
+        if adapter_file is not None:
+            load_adapter(adapter_file, self.model, backbone)
+        self._frozen: str | None = None
+
+        self.mix = (
+            Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes) if mixup or cutmix else None
+        )
+        self.metrics = nn.ModuleDict({f"{stage}_stage": _metrics(stage, num_classes) for stage in ("val", "test")})
+
+    @property
+    def frozen_fingerprint(self) -> str:
+        """SHA-256 of the frozen weights, computed once."""
+        if self._frozen is None:
+            self._frozen = fingerprint(self.model)
+        return self._frozen
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(batch, 3, height, width)`, normalised, to logits `(batch, num_classes)`."""
+        return self.model(images)
+
+    def train(self, mode: bool = True) -> "ImageClassifier":
+        """Training mode, but frozen batch norms keep their statistics: those are part of the frozen backbone."""
+        super().train(mode)
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """Put frozen batch norms to rest; Lightning does not call `train` before the first epoch."""
+        self.train()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of one batch."""
+        images, labels = batch
+        if len(images) == 0:
+            # Every image was unreadable: no gradient, but this process stays in step with the others.
+            loss = self(images.new_zeros(1, *images.shape[1:])).sum() * 0
+        elif self.mix is not None and len(images) > 1:
+            images, targets = self._mixed(images, labels)
+            loss = F.cross_entropy(self(images), targets)
+        else:
+            loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Once: every adapter must have a gradient. One that has none is bypassed by the backbone's own code."""
+        if self.trainer.global_step == 0:
+            idle = [name for name, parameter in adapter_parameters(self.model) if parameter.grad is None]
+            if idle:
+                layer = idle[0].split(".deltas.")[0]
+                raise UserError(
+                    f"the adapter of {layer} gets no gradient: {self.backbone_name!r} uses the layer's weight without "
+                    f"calling it; leave it out with model.adapter.exclude"
+                )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy on validation data."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy on test data."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Class probabilities `(batch, num_classes)`."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self._logits(images).softmax(-1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over all that is trained, and a linear warm-up followed by a cosine, stepped every step."""
+        optimizer = self.optimizer_factory(self._parameter_groups())
+        for group in optimizer.param_groups:
+            group["lr"] *= group.pop("lr_scale", 1.0)
+            group.pop("param_names", None)
+            group.pop("use_fallback", None)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        base = max(group["lr"] for group in optimizer.param_groups)
+        schedule = warmup_cosine(int(steps), self.warmup, self.warmup_lr / base, self.min_lr / base)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        self._configured = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """On resuming, what is configured now beats what the checkpoint's optimizer was configured with."""
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        for group, configured in zip(scheduler.optimizer.param_groups, self._configured, strict=True):
+            group.update(configured)
+        scheduler.base_lrs = [group["initial_lr"] for group in self._configured]
+        for group, base, schedule in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * schedule(scheduler.last_epoch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained tensors only, and say which frozen weights they belong to."""
+        trained = {f"model.{name}" for name in adapter_state_dict(self.model)}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["snell"] = {"backbone": self.backbone_name, "fingerprint": self.frozen_fingerprint}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint fits, and complete it with the frozen tensors the model has.
+
+        Raises:
+            UserError: It is of another backbone, of other frozen weights, or lacks or adds a tensor.
+        """
+        made_on = checkpoint.get("snell")
+        if made_on is None:
+            raise UserError("the checkpoint was not written by snell_lightning: it does not say what its backbone is")
+        if made_on["backbone"] != self.backbone_name:
+            raise UserError(
+                f"the checkpoint belongs to the backbone {made_on['backbone']!r}, not to {self.backbone_name!r}"
+            )
+        state = checkpoint["state_dict"]
+        expected = {f"model.{name}": tensor for name, tensor in adapter_state_dict(self.model).items()}
+        for names, what in ((expected.keys() - state.keys(), "lacks"), (state.keys() - expected.keys(), "also has")):
+            if names:
+                raise UserError(f"the checkpoint does not fit the adapter's settings: it {what} {sorted(names)[0]}")
+        for name, tensor in expected.items():
+            if tensor.shape != state[name].shape:
+                raise UserError(
+                    f"the checkpoint does not fit: {name} is {tuple(state[name].shape)} there and "
+                    f"{tuple(tensor.shape)} here; give the adapter the rank, and the data the classes, it was made with"
+                )
+        if made_on["fingerprint"] != self.frozen_fingerprint:
+            raise UserError(
+                f"the checkpoint was made on other frozen weights of {self.backbone_name!r}; use the same pretrained ones"
+            )
+        checkpoint["state_dict"] = {**self.state_dict(), **state}
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixup or CutMix of a batch; of an odd batch the last image stays unmixed, since timm mixes in pairs."""
+        even = len(images) // 2 * 2
+        assert self.mix is not None
+        mixed, targets = self.mix(images[:even].clone(), labels[:even])
+        if even < len(images):
+            rest = F.one_hot(labels[even:], self.num_classes).to(targets.dtype)
+            rest = rest * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
+            mixed, targets = torch.cat([mixed, images[even:]]), torch.cat([targets, rest])
+        return mixed, targets
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Logits in fp32, also of an empty batch, which keeps processes in step and which backbones do not take."""
+        if len(images) == 0:
+            return self(images.new_zeros(1, *images.shape[1:])).float()[:0]
+        return self(images).float()
+
+    def _evaluate(self, stage: Literal["val", "test"], batch: Batch) -> None:
+        images, labels = batch
+        logits = self._logits(images)
+        metrics = self.metrics[f"{stage}_stage"]
+        if len(images):
+            metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
+            metrics["accuracy"].update(logits, labels)
+        self.log(f"{stage}/loss", metrics["loss"], on_step=False, on_epoch=True)
+        self.log_dict(metrics["accuracy"], on_step=False, on_epoch=True, prog_bar=stage == "val")
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Trained parameters, without weight decay on vectors and tokens, with a scale per layer if asked for."""
+        no_decay = set(getattr(self.model, "no_weight_decay", set)())
+        no_decay |= {name for name, _ in self.model.named_parameters() if name.endswith(("_token", "_tokens"))}
+        if self.layer_decay < 1:
+            groups = param_groups_layer_decay(
+                self.model, no_weight_decay_list=no_decay, layer_decay=self.layer_decay
+            )
+        else:
+            groups = param_groups_weight_decay(self.model, no_weight_decay_list=no_decay)
+        for group in groups:
+            # Only the exception is fixed here: the optimizer's own setting holds for the rest.
+            if group["weight_decay"] != 0:
+                del group["weight_decay"]
+        return [group for group in groups if group["params"]]
+
+
+def warmup_cosine(steps: int, warmup: float, start: float, end: float) -> Callable[[int], float]:
+    """The learning rate's factor at each step: linear from `start` to 1, then half a cosine down to `end`.
+
+    For example 10 steps with `warmup=0.2`, `start=0`, `end=0` give 0, 0.5, 1, then fall to 0 at step 10. A `start` or `end`
+    above 1 counts as 1.
+    """
+    rising = round(warmup * steps)
+    start, end = min(start, 1.0), min(end, 1.0)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return start + (1 - start) * step / rising
+        progress = min(1.0, (step - rising) / max(1, steps - rising))
+        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def _metrics(stage: str, num_classes: int) -> nn.ModuleDict:
+    """Exact over the whole set and over all processes: sums and counts, not means of batch means."""
+    accuracy = {
+        f"{stage}/acc{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)
+    }
+    return nn.ModuleDict(
+        {"loss": MeanMetric(), "accuracy": MetricCollection(accuracy, compute_groups=False)}  # type: ignore[arg-type]
+    )
+
+
+def _freeze_all_but_head(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    found = heads(model)
+    if not found:
+        raise UserError("the backbone names no classifier, so without an adapter there is nothing to train")
+    for head in found.values():
+        head.requires_grad_(True)
+
+
+def _check_range(name: str, value: float, holds: bool, expected: str) -> None:
+    if not holds:
+        raise UserError(f"{name} must be {expected}, not {value}")
