@@ -7,6 +7,7 @@ What is given later wins: built-in defaults, then configs from left to right, th
 """
 
 import difflib
+import inspect
 import json
 import logging
 import os
@@ -19,9 +20,10 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from snell_lightning.adapters import UserError
+from snell_lightning.adapters import SnellConfig, UserError
 from snell_lightning.callbacks import AdapterCheckpoint, FiniteLoss, PredictionWriter, SnellMonitor
 from snell_lightning.data import ImageDataModule
 from snell_lightning.module import ImageClassifier
@@ -34,19 +36,19 @@ SHIPPED_CONFIGS = next(
 _DEBUG = "SNELL_DEBUG"
 
 
+class ConfigError(UserError):
+    """What jsonargparse says about a command line or a config, in its own words."""
+
+
 class SnellParser(LightningArgumentParser):
     """A parser whose errors are one line that names the nearest valid key."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise `UserError` in place of printing usage and traceback hints."""
-        text = " ".join(message.split())
-        unknown = re.search(
-            r"(?:Key ['\"]?|Unrecognized arguments: --|unrecognized arguments: --|group ['\"])([\w.]+)", text
-        )
-        if unknown and ("not expected" in text or "nrecognized" in text or "does not accept" in text):
-            near = _nearest_key(self, unknown[1])
-            text = f"there is no config key {unknown[1]!r}" + (f"; did you mean {near!r}?" if near else "")
-        raise UserError(text) from ex
+        """Raise, in place of printing the usage and leaving.
+
+        The text stays as it is here: parsers are nested, and the outer one quotes the inner one's.
+        """
+        raise ConfigError(message) from ex
 
 
 class SnellCLI(LightningCLI):
@@ -160,9 +162,38 @@ def one_line(error: BaseException) -> str | None:
         )
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename}" if error.filename else " ".join(str(error).split())
+    if isinstance(error, ConfigError) or type(error).__module__.startswith("jsonargparse"):
+        return explain(str(error))
+    if isinstance(error, ValueError) and str(error).startswith("Does not validate against"):
+        # What jsonargparse makes of an error that a settings class raised.
+        return explain(str(error))
     if isinstance(error, (UserError, MisconfigurationException)):
         return " ".join(str(error).split())
     return None
+
+
+def explain(message: str) -> str:
+    """One line for what jsonargparse says in many: the key, what is wrong with it, and the nearest key if it is unknown."""
+    text = " ".join(message.split())
+    key = re.search(r'(?:Parser key|key) "([\w.]+)"', text)
+    option = re.search(r"Option '([\w.]+)' is not accepted", text)
+    unknown = re.search(
+        r"Key '([\w.]+)' is not expected|nrecognized arguments: --([\w.]+)|ambiguous option: --([\w.]+)"
+        r"|does not accept option '([\w.]+)'",
+        text,
+    )
+    if unknown or (option and key):
+        name = next(filter(None, unknown.groups())) if unknown else f"{key[1]}.{option[1]}"  # type: ignore[index]
+        near = _nearest_key(name)
+        return f"there is no config key {name!r}" + (f"; did you mean {near!r}?" if near else "")
+    reasons = re.search(r"Errors: - (.*) Given value type: .* Given value: (.*)$", text)
+    if reasons:
+        several = [reason for reason in reasons[1].split(" - ") if "<class 'NoneType'>" not in reason]
+        given = "" if "Namespace(" in reasons[2] else f", not {reasons[2]}"
+        text = (f"{key[1]}: " if key else "") + " or ".join(several) + given
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace(". Got value: ", ", not ")
+    return re.sub(r'^Parser key "([\w.]+)"', r"\1", text).replace("Expected a ", "expected ")
 
 
 def _value(rest: Any, name: str) -> str:
@@ -188,25 +219,23 @@ def _checkpoint_settings(path: str) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in ("num_classes", "adapter_file")}
 
 
-def _nearest_key(parser: LightningArgumentParser, key: str) -> str | None:
-    """The valid key most like `key`, of this parser and those of its commands."""
-    keys: set[str] = set()
-    for each in [parser, *getattr(parser, "_subcommand_parsers", {}).values()]:
-        keys |= {action.dest for action in each._actions if action.dest not in ("help", "==SUPPRESS==")}
-    for prefix, cls in (("model", ImageClassifier), ("data", ImageDataModule)):
-        keys |= {f"{prefix}.{name}" for name in cls.__init__.__annotations__ if name != "return"}
-    from dataclasses import fields
-
-    from snell_lightning.adapters import SnellConfig
-
-    keys |= {f"model.adapter.{field.name}" for field in fields(SnellConfig)}
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not near:
-        # A key inside a group is reported without the group's name.
-        by_leaf = {name.rpartition(".")[2]: name for name in sorted(keys)}
-        leaf = difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.6)
-        near = [by_leaf[leaf[0]]] if leaf else []
-    return near[0] if near else None
+def _nearest_key(key: str) -> str | None:
+    """The valid key most like `key`."""
+    groups = {
+        "model": ImageClassifier,
+        "model.adapter": SnellConfig,
+        "data": ImageDataModule,
+        "trainer": Trainer,
+        "checkpoint": AdapterCheckpoint,
+        "monitor": SnellMonitor,
+    }
+    keys = {f"{group}.{name}" for group, cls in groups.items() for name in inspect.signature(cls).parameters}
+    keys |= {*groups, "config", "seed_everything", "ckpt_path"}
+    # A key that stands in the wrong group, or in none, is looked for by its last part.
+    by_leaf = {name.rpartition(".")[2]: name for name in sorted(keys)}
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    leaf = difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.6)
+    return near[0] if near else by_leaf[leaf[0]] if leaf else None
 
 
 def _quieten() -> None:

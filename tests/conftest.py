@@ -1,4 +1,4 @@
-"""What every test shares: the same random numbers in each run, and no test that changes the product precision."""
+"""What every test shares: the same random numbers in each run, and the product precision restored."""
 
 from collections.abc import Iterator
 

@@ -80,8 +80,8 @@ def inject(model: nn.Module, config: SnellConfig) -> list[str]:
 def merge(model: nn.Module) -> nn.Module:
     """Add every update to its weight, in place, and put the plain layers back; a model without adapters stays as it is.
 
-    The state dict then has the backbone's own keys. Weights come out in fp32 or better: in a lower precision the update
-    could be lost.
+    The state dict then has the backbone's own keys. Weights come out in fp32 or better, since in a lower precision the
+    update could be lost; a model of lower precision becomes fp32 as a whole, so that its layers still fit together.
 
     Returns:
         The model, for chaining. A `SnellLinear` given as the model itself is returned as a plain layer.
@@ -95,6 +95,8 @@ def merge(model: nn.Module) -> nn.Module:
                 setattr(parent, child_name, plain[id(child)])
                 for attribute, value in child.restore_on_merge.items():
                     setattr(parent, attribute, value)
+    if plain and any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in model.parameters()):
+        model.float()
     return model
 
 

@@ -70,7 +70,9 @@ def data_config(name: str) -> dict[str, Any]:
         UserError: The name is unknown.
     """
     resolved = resolve_data_config(pretrained_cfg=_pretrained_config(name))
-    return {key: resolved[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    chosen = {key: resolved[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    # A description that was read from JSON has lists.
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}
 
 
 @contextmanager

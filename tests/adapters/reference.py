@@ -1,7 +1,8 @@
-"""A straightforward reading of the method, by autograd and without any care for memory: what the tests compare with.
+"""A straightforward reading of the method, by autograd and without care for memory.
 
-`frozen_at` holds a kernel matrix at which the constants of the sparsifiers' gradients (the factor |K| of `magnitude`, the
-threshold of `soft`, every set of survivors) are taken; without it they are taken from the matrix itself, detached.
+`frozen_at` holds a kernel matrix at which the constants of the sparsifiers' gradients (the factor |K| of
+`magnitude`, the threshold of `soft`, every set of survivors) are taken; without it they are taken from the
+matrix itself, detached.
 """
 
 import numpy as np

@@ -14,7 +14,9 @@ COMPETING = [name for name in SPARSIFIERS if name != "none"]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (1, 5), (7, 1), (10, 10), (101, 1), (56, 32), (1000, 33)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 2), (3, 1), (1, 5), (7, 1), (10, 10), (101, 1), (56, 32), (1000, 33)]
+)
 def test_survivors_are_those_above_the_interpolated_quantile(shape: tuple[int, int], sparsity: float) -> None:
     matrix = torch.randn(shape)
 
@@ -78,8 +80,8 @@ def test_threshold_with_many_ties_is_an_order_statistic(sparsity: float) -> None
 
 
 def test_threshold_is_exact_beyond_the_size_that_quantile_takes() -> None:
-    # torch.quantile refuses more than 2^24 elements. A shuffled range has a known order statistic: the k-th smallest of
-    # 0, 1, 2, ... is k - 1, and fp32 holds every integer up to 2^24.
+    # torch.quantile refuses more than 2^24 elements. A shuffled range has a known order statistic: the k-th
+    # smallest of 0, 1, 2, ... is k - 1, and fp32 holds every integer up to 2^24.
     size = 2**24 + 1
     matrix = torch.randperm(size, dtype=torch.int32).float().neg_()
 
@@ -127,8 +129,8 @@ def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
 
 
 def test_magnitude_starts_nearly_at_the_pretrained_model() -> None:
-    # With scale 0.1 and a layer of ViT-B's size, initial entries of K are below 1e-2, so K|K| is below 1e-4, against
-    # backbone weights of about 2e-2.
+    # With scale 0.1 and a layer of ViT-B's size, initial entries of K are below 1e-2, so K|K| is below
+    # 1e-4, against backbone weights of about 2e-2.
     hard = SnellDelta(768, 768, SnellConfig(rank=8, sparsifier="hard"))
     magnitude = SnellDelta(768, 768, SnellConfig(rank=8, sparsifier="magnitude"))
 

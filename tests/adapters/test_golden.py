@@ -1,7 +1,7 @@
 """Values and gradients of a reference implementation, from the arrays of `tests/golden/layers.npz`.
 
-Each case is one linear layer of 32 inputs and 56 outputs with zero weight and bias, rank 6 in 2 pieces, scale 0.1. The
-cases of the `mixture` kernel belong to SNELLA and are not read here.
+Each case is one linear layer of 32 inputs and 56 outputs with zero weight and bias, rank 6 in 2 pieces, scale
+0.1. The cases of the `mixture` kernel belong to SNELLA and are not read here.
 """
 
 from pathlib import Path

@@ -13,7 +13,8 @@ from snell_lightning.adapters.kernels import KERNELS
 
 from . import reference
 
-# Step of the central differences in double precision; their error is about 1e-10 for values and slopes near 1.
+# Step of the central differences in double precision; their error is about 1e-10 for values and slopes near
+# 1.
 STEP = 1e-6
 
 
@@ -22,7 +23,14 @@ def make_delta(
 ) -> SnellDelta:
     """5 inputs, 4 outputs, rank 6 in 2 pieces, in double precision, with values of order 1."""
     config = SnellConfig(
-        **{"rank": 6, "scale": 1.0, "kernel": kernel, "sparsifier": sparsifier, "sparsity": sparsity, **settings}
+        **{
+            "rank": 6,
+            "scale": 1.0,
+            "kernel": kernel,
+            "sparsifier": sparsifier,
+            "sparsity": sparsity,
+            **settings,
+        }
     )
     delta = SnellDelta(5, 4, config, dtype=torch.float64)
     nn.init.normal_(delta.in_factors)
@@ -65,16 +73,20 @@ def test_gradient_is_the_derivative_of_the_tuned_product(kernel: str, sparsifier
     )
 
 
-# `magnitude` and `soft` hold |K| and the threshold constant: there the gradient is not the derivative of the update but
-# that of a surrogate with those constants frozen at the point.
+# `magnitude` and `soft` hold |K| and the threshold constant: there the gradient is not the derivative of
+# the update but that of a surrogate with those constants frozen at the point.
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_gradient_is_the_derivative_with_the_sparsifier_constants_frozen(kernel: str, sparsifier: str) -> None:
+def test_gradient_is_the_derivative_with_the_sparsifier_constants_frozen(
+    kernel: str, sparsifier: str
+) -> None:
     delta = make_delta(kernel, sparsifier)
     base = reference.kernel_matrix(delta).detach()
     grad = torch.randn(4, 5, dtype=torch.float64)
 
-    torch.testing.assert_close(delta.weight(), reference.update(delta, frozen_at=base), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        delta.weight(), reference.update(delta, frozen_at=base), rtol=1e-12, atol=1e-12
+    )
     delta.weight().backward(grad)
 
     for factors in (delta.out_factors, delta.in_factors):
@@ -84,7 +96,9 @@ def test_gradient_is_the_derivative_with_the_sparsifier_constants_frozen(kernel:
 
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_gradient_of_the_tuned_product_has_the_sparsifier_constants_frozen(kernel: str, sparsifier: str) -> None:
+def test_gradient_of_the_tuned_product_has_the_sparsifier_constants_frozen(
+    kernel: str, sparsifier: str
+) -> None:
     delta = make_delta(kernel, sparsifier)
     base = reference.kernel_matrix(delta).detach()
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
@@ -101,7 +115,8 @@ def test_gradient_of_the_tuned_product_has_the_sparsifier_constants_frozen(kerne
 
 
 def test_magnitude_gradient_is_not_the_plain_derivative() -> None:
-    # The derivative of K|K| is 2|K|, the method's gradient |K|: half of it, for the linear kernel and every factor.
+    # The derivative of K|K| is 2|K|, the method's gradient |K|: half of it, for the linear kernel and every
+    # factor.
     delta = make_delta("linear", "magnitude")
     delta.weight().sum().backward()
 
@@ -160,8 +175,8 @@ def test_one_coincident_pair_leaves_the_other_gradients_right() -> None:
 
 
 def test_close_points_far_from_the_origin_keep_their_digits() -> None:
-    # Points at distance about 1 from each other and 170 from the origin. In fp32 the expansion |p|^2 + |q|^2 - 2 p.q has
-    # terms of 3e4 with a spacing of 2e-3; differences of the coordinates are exact.
+    # Points at distance about 1 from each other and 170 from the origin. In fp32 the expansion |p|^2 +
+    # |q|^2 - 2 p.q has terms of 3e4 with a spacing of 2e-3; differences of the coordinates are exact.
     delta = SnellDelta(5, 4, SnellConfig(rank=6, pieces=1, sparsifier="none", scale=1.0))
     for factors in (delta.in_factors, delta.out_factors):
         nn.init.normal_(factors, mean=70)
@@ -227,12 +242,14 @@ def test_reduced_product_precision_does_not_change_the_update(kernel: str, preci
 
 @pytest.mark.parametrize("features", [(5, 300), (300, 5)])
 def test_factors_start_uniform_within_the_kaiming_bound(features: tuple[int, int]) -> None:
-    # Kaiming-uniform with a = sqrt(5) over a tensor (pieces, n, columns) is uniform within 1 / sqrt(n * columns).
+    # Kaiming-uniform with a = sqrt(5) over a tensor (pieces, n, columns) is uniform within 1 / sqrt(n *
+    # columns).
     delta = SnellDelta(*features, SnellConfig(rank=64, pieces=2))
 
     for factors, size in zip((delta.in_factors, delta.out_factors), features, strict=True):
         bound = (size * 32) ** -0.5
         assert factors.abs().max() <= bound
         assert factors.abs().max() > 0.95 * bound
-        # A uniform variable on [-b, b] has the standard deviation b / sqrt(3); 320 draws or more give it within 10 %.
+        # A uniform variable on [-b, b] has the standard deviation b / sqrt(3); 320 draws or more give it
+        # within 10 %.
         assert factors.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
