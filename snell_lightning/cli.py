@@ -71,13 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name; by default that of this process.
     """
-    _quieten()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if os.environ.get(_DEBUG):
-        _run(arguments)
+        make_cli(arguments)
         return
     try:
-        _run(arguments)
+        make_cli(arguments)
     except Exception as error:
         line = one_line(error)
         if line is None:
@@ -88,11 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
-def _run(arguments: list[str]) -> None:
-    arguments = arrange_arguments(arguments)
+def make_cli(arguments: Sequence[str], run: bool = True) -> SnellCLI:
+    """Parse a command line and carry it out.
+
+    Args:
+        arguments: The command line without the program's name.
+        run: False makes trainer, model and data without running them; `arguments` then starts with no command.
+    """
+    _quieten()
     # LightningCLI warns of arguments given beside sys.argv; these replace it.
-    sys.argv[1:] = arguments
-    SnellCLI(
+    sys.argv[1:] = arrange_arguments(arguments)
+    return SnellCLI(
         ImageClassifier,
         ImageDataModule,
         parser_class=SnellParser,
@@ -106,6 +111,7 @@ def _run(arguments: list[str]) -> None:
         },
         save_config_kwargs={"overwrite": False},
         auto_configure_optimizers=False,
+        run=run,
     )
 
 

@@ -69,6 +69,10 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save checkpoints, and the adapter if this epoch is the best so far."""
         super().on_train_epoch_end(trainer, pl_module)
+        # Lightning writes `last.ckpt` only beside a new best; a run must be resumable from any epoch.
+        due = (trainer.current_epoch + 1) % max(1, self._every_n_epochs) == 0
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         if self.best_model_path and self.best_model_path != self._exported:
             self._exported = self.best_model_path
             if trainer.is_global_zero and isinstance(pl_module, ImageClassifier):
@@ -88,7 +92,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._random_states = checkpoint.get("random_states")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Carry the best epoch so far over into the folder of the resumed run."""
+        """Carry the best epoch so far over into the folder of the resumed run; evaluation saves nothing and takes nothing."""
+        if self.adapter_path is None:
+            return
         best = Path(state_dict["best_model_path"])
         if state_dict["dirpath"] != self.dirpath and self.dirpath is not None and best.is_file():
             here = Path(self.dirpath) / best.name

@@ -43,6 +43,7 @@ class SnellMonitor(Callback):
         self.per_layer = per_layer
         self.sparsity: float | None = None
         self.peak_bytes = 0
+        self._log_dir: str | None = None
         self._bytes = dict.fromkeys(_MEMORY, 0)
         self._saved: _SavedBytes | None = None
         self._pending: _Pending | None = None
@@ -53,6 +54,8 @@ class SnellMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start clock and peak."""
         self._started = time.perf_counter()
+        # Reading `log_dir` talks to the other processes, so all of them do it here.
+        self._log_dir = trainer.log_dir
         module = _memory_module(pl_module.device)
         if module is not None:
             module.reset_peak_memory_stats(pl_module.device)
@@ -187,8 +190,8 @@ class SnellMonitor(Callback):
             table.add_row("adapter", f"{adapter}  ({adapter.stat().st_size / 1000:,.0f} kB)")
         if getattr(checkpoint, "last_model_path", ""):
             table.add_row("to resume", f"--ckpt_path {_short(checkpoint.last_model_path)}")
-        if trainer.log_dir:
-            table.add_row("curves", f"tensorboard --logdir {_short(trainer.log_dir)}")
+        if self._log_dir:
+            table.add_row("curves", f"tensorboard --logdir {_short(self._log_dir)}")
         return table
 
 
