@@ -12,7 +12,6 @@ import json
 import platform
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import lightning
@@ -41,11 +40,9 @@ def run(options: list[str], rate: float, seed: int, test: bool) -> dict[str, flo
             ],
             run=False,
         )  # fmt: skip
-        start = time.perf_counter()
         cli.trainer.fit(cli.model, cli.datamodule)
         result = {
             "val/acc1": float(cli.trainer.checkpoint_callback.best_model_score),
-            "seconds": round(time.perf_counter() - start, 1),
             "trained_parameters": sum(p.numel() for p in cli.model.parameters() if p.requires_grad),
         }
         if test:
@@ -71,7 +68,6 @@ def main() -> None:
             "test/acc1": [round(score, 4) for score in scores],
             "mean": round(statistics.mean(scores), 4),
             "trained_parameters": runs[0]["trained_parameters"],
-            "seconds": statistics.median(each["seconds"] for each in runs),
         }
         print(method, json.dumps(table[method]), flush=True)
 
@@ -87,13 +83,13 @@ def main() -> None:
         },
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\n| method | learning rate | trained parameters | test accuracy, mean ({seeds} seeds) | range | seconds |")
-    print("|---|---|---|---|---|---|")
+    print(f"\n| method | learning rate | trained parameters | test accuracy, mean ({seeds} seeds) | range |")
+    print("|---|---|---|---|---|")
     for method, row in table.items():
         low, high = min(row["test/acc1"]), max(row["test/acc1"])
         print(
             f"| {method} | {row['lr']:g} | {row['trained_parameters']:,} | {row['mean']:.4f} "
-            f"| {low:.4f} to {high:.4f} | {row['seconds']:.0f} |"
+            f"| {low:.4f} to {high:.4f} |"
         )
 
 

@@ -92,8 +92,10 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             total += loss.item() * len(batch)
-        print(f"epoch {epoch + 1}/{arguments.epochs}  loss {total / len(train):.4f}  "
-              f"{time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{arguments.epochs}  loss {total / len(train):.4f}  {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
 
     half = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     model.load_state_dict(half)
@@ -113,7 +115,11 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "bytes": EMBEDDED_WEIGHTS.stat().st_size,
         "sha256": hashlib.sha256(EMBEDDED_WEIGHTS.read_bytes()).hexdigest(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

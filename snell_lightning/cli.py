@@ -13,12 +13,14 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -31,7 +33,8 @@ from snell_lightning.module import ImageClassifier
 _PACKAGE = Path(__file__).parent
 # In a checkout the configs stand beside the package, in an installed wheel inside it.
 SHIPPED_CONFIGS = next(
-    (folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE / "configs"
+    (folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()),
+    _PACKAGE / "configs",
 )
 _DEBUG = "SNELL_DEBUG"
 
@@ -41,7 +44,10 @@ class ConfigError(UserError):
 
 
 class SnellParser(LightningArgumentParser):
-    """A parser whose errors are one line that names the nearest valid key."""
+    """A parser whose errors are one line that names the nearest valid key, and that takes keys in full only."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise, in place of printing the usage and leaving.
@@ -121,7 +127,7 @@ def arrange_arguments(arguments: Sequence[str]) -> list[str]:
     For example `fit --model.adapter.rank 4 --config vit.yaml` becomes `fit --config .../vit.yaml --model.adapter.rank 4`.
 
     Raises:
-        UserError: A config is neither a file nor shipped, or the checkpoint cannot be read.
+        UserError: A config is neither a file nor shipped, or it or the checkpoint cannot be read.
     """
     command = [argument for argument in arguments[:1] if not argument.startswith("-")]
     configs: list[str] = []
@@ -131,7 +137,9 @@ def arrange_arguments(arguments: Sequence[str]) -> list[str]:
     for argument in rest:
         name, equals, value = argument.partition("=")
         if name in ("--config", "-c"):
-            configs += ["--config", find_config(value if equals else _value(rest, name))]
+            path = find_config(value if equals else _value(rest, name))
+            _check_config(path)
+            configs += ["--config", path]
             continue
         values.append(argument)
         if name == "--ckpt_path":
@@ -173,7 +181,10 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and str(error).startswith("Does not validate against"):
         # What jsonargparse makes of an error that a settings class raised.
         return explain(str(error))
-    if isinstance(error, (UserError, MisconfigurationException)):
+    # Lightning tells of wrong trainer settings, such as an unknown accelerator, by plain value errors of its own.
+    if isinstance(error, (UserError, MisconfigurationException)) or (
+        isinstance(error, ValueError) and _raised_in(error).startswith("lightning.")
+    ):
         return " ".join(str(error).split())
     return None
 
@@ -192,6 +203,11 @@ def explain(message: str) -> str:
         name = next(filter(None, unknown.groups())) if unknown else f"{key[1]}.{option[1]}"  # type: ignore[index]
         near = _nearest_key(name)
         return f"there is no config key {name!r}" + (f"; did you mean {near!r}?" if near else "")
+    nested = re.search(
+        r'Errors: - Parser key "(\w+)": (.*?)(?: - Expected a <class \'NoneType\'>)? Given value type:', text
+    )
+    if nested and key:
+        text = f"{key[1]}.{nested[1]}: {nested[2]}"
     reasons = re.search(r"Errors: - (.*) Given value type: .* Given value: (.*)$", text)
     if reasons:
         several = [reason for reason in reasons[1].split(" - ") if "<class 'NoneType'>" not in reason]
@@ -202,6 +218,12 @@ def explain(message: str) -> str:
     return re.sub(r'^Parser key "([\w.]+)"', r"\1", text).replace("Expected a ", "expected ")
 
 
+def _raised_in(error: BaseException) -> str:
+    """Name of the module whose code raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+
+
 def _value(rest: Any, name: str) -> str:
     value = next(rest, None)
     if value is None:
@@ -209,12 +231,27 @@ def _value(rest: Any, name: str) -> str:
     return value
 
 
+def _check_config(path: str) -> None:
+    """Name the file where a config is no YAML mapping; jsonargparse only quotes its text."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"config {path} is not valid YAML{where}: {problem}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"config {path} holds no settings; expected lines of the form KEY: VALUE")
+
+
 def _checkpoint_settings(path: str) -> dict[str, Any]:
     """The model's settings that a checkpoint was made with."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        # Read as a whole, which checks its sums: damage must show before a run is started from it.
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        checkpoint["pytorch-lightning_version"], checkpoint["state_dict"], checkpoint["snell"]
         settings = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
         json.dumps(settings)
     except Exception as error:
@@ -230,6 +267,7 @@ def _nearest_key(key: str) -> str | None:
     groups = {
         "model": ImageClassifier,
         "model.adapter": SnellConfig,
+        "model.optimizer": torch.optim.AdamW,
         "data": ImageDataModule,
         "trainer": Trainer,
         "checkpoint": AdapterCheckpoint,

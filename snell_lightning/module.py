@@ -224,7 +224,10 @@ class ImageClassifier(LightningModule):
             )
         state = checkpoint["state_dict"]
         expected = {f"model.{name}": tensor for name, tensor in adapter_state_dict(self.model).items()}
-        for names, what in ((expected.keys() - state.keys(), "lacks"), (state.keys() - expected.keys(), "also has")):
+        for names, what in (
+            (expected.keys() - state.keys(), "lacks"),
+            (state.keys() - expected.keys(), "also has"),
+        ):
             if names:
                 raise UserError(f"the checkpoint does not fit the adapter's settings: it {what} {sorted(names)[0]}")
         for name, tensor in expected.items():
@@ -259,7 +262,7 @@ class ImageClassifier(LightningModule):
     def _evaluate(self, stage: Literal["val", "test"], batch: Batch) -> None:
         images, labels = batch
         logits = self._logits(images)
-        metrics = self.metrics[f"{stage}_stage"]
+        metrics: Any = self.metrics[f"{stage}_stage"]
         if len(images):
             metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
             metrics["accuracy"].update(logits, labels)
@@ -271,9 +274,7 @@ class ImageClassifier(LightningModule):
         no_decay = set(getattr(self.model, "no_weight_decay", set)())
         no_decay |= {name for name, _ in self.model.named_parameters() if name.endswith(("_token", "_tokens"))}
         if self.layer_decay < 1:
-            groups = param_groups_layer_decay(
-                self.model, no_weight_decay_list=no_decay, layer_decay=self.layer_decay
-            )
+            groups = param_groups_layer_decay(self.model, no_weight_decay_list=no_decay, layer_decay=self.layer_decay)
         else:
             groups = param_groups_weight_decay(self.model, no_weight_decay_list=no_decay)
         for group in groups:

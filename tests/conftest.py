@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# On models this small, threads cost more than they give.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:

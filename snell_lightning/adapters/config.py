@@ -62,7 +62,8 @@ class SnellConfig:
             raise UserError(f"pieces must be at least 1, not {self.pieces}")
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise UserError(f"scale must be a positive number, not {self.scale}")
-        for where, rank in [("rank", self.rank), *_labelled("rank_pattern", self.rank_pattern)]:
+        ranks = {f"rank_pattern[{pattern!r}]": rank for pattern, rank in self.rank_pattern.items()}
+        for where, rank in {"rank": self.rank, **ranks}.items():
             _check_rank(where, rank, self.pieces)
         for where, value in [
             ("sparsity", self.sparsity),
@@ -106,5 +107,5 @@ def _check_choice(what: str, given: str, known: Iterable[str]) -> None:
         raise UserError(f"{what} must be one of {', '.join(known)}, not {given!r}{hint}")
 
 
-def _labelled(setting: str, by_pattern: dict) -> list[tuple[str, float]]:
+def _labelled(setting: str, by_pattern: dict[str, float]) -> list[tuple[str, float]]:
     return [(f"{setting}[{pattern!r}]", value) for pattern, value in by_pattern.items()]

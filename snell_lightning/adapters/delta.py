@@ -57,7 +57,7 @@ class UpdateRule:
         """Gradients of the factors from `grad (out, in)`, the update's gradient, and the update again if asked for."""
         matrix, parts = self.kernel.evaluate(out_factors, in_factors)
         if tau is None:
-            update = matrix
+            update: Tensor | None = matrix
         else:
             update = survivors(matrix, tau, self.sparsifier) if need_update else None
             grad = survivor_slopes(matrix, tau, self.sparsifier).mul_(grad)
@@ -307,7 +307,12 @@ class _TunedLinear(torch.autograd.Function):
 
 
 def _factor_gradients(
-    rule: UpdateRule, out_factors: Tensor, in_factors: Tensor, tau: Tensor | None, grad: Tensor, need_update: bool
+    rule: UpdateRule,
+    out_factors: Tensor,
+    in_factors: Tensor,
+    tau: Tensor | None,
+    grad: Tensor,
+    need_update: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`UpdateRule.backward` in the kernel's precision, with the gradients in the factors' own type."""
     dtype = kernel_dtype(out_factors, in_factors)

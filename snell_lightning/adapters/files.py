@@ -93,6 +93,9 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is not an adapter file: {str(error).splitlines()[0]}") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not an adapter file of this package: its format is {metadata.get('format')!r}")
+    absent = {"config", "backbone", "fingerprint"} - metadata.keys()
+    if absent:
+        raise UserError(f"{path} is not a whole adapter file: its metadata lacks {', '.join(sorted(absent))}")
     return tensors, metadata
 
 

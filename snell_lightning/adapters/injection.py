@@ -8,7 +8,7 @@ back. Which parameters are an adapter's is not guessed from their names: a modul
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,18 @@ from snell_lightning.adapters.linear import SnellLinear, why_not_adaptable
 # Parts of a backbone that hold linear layers or 1x1 convolutions and lie outside its blocks, and small networks inside a
 # block that make a position bias rather than transform tokens.
 _OUTSIDE_BLOCKS = frozenset(
-    {"stem", "patch_embed", "pos_embed", "downsample", "downsamples", "head", "attn_pool", "rel_pos", "cpb_mlp", "meta_mlp"}
+    {
+        "stem",
+        "patch_embed",
+        "pos_embed",
+        "downsample",
+        "downsamples",
+        "head",
+        "attn_pool",
+        "rel_pos",
+        "cpb_mlp",
+        "meta_mlp",
+    }
 )
 # Layers that hold several projections, and how many.
 _FUSED = {"qkv": 3, "kv": 2}
@@ -108,7 +119,7 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     found = {name: modules[name] for name in names if name in modules}
     if not found and hasattr(model, "get_classifier"):
-        classifiers = model.get_classifier()
+        classifiers: Any = model.get_classifier()  # type: ignore[operator]
         classifiers = classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
         found = {name: module for name, module in modules.items() if any(module is head for head in classifiers)}
     return found
@@ -225,7 +236,7 @@ def _inside_block(name: str) -> bool:
 
 def _layer_config(name: str, config: SnellConfig) -> SnellConfig:
     """The settings of one layer: those of the first matching pattern in place of the general ones."""
-    changes: dict[str, float] = {}
+    changes: dict[str, Any] = {}
     for setting in ("rank", "sparsity", "dropout"):
         patterns = getattr(config, f"{setting}_pattern")
         pattern = _matching(patterns, name)
@@ -236,7 +247,8 @@ def _layer_config(name: str, config: SnellConfig) -> SnellConfig:
 
 def _slices(name: str, layer: nn.Module) -> int:
     slices = _FUSED.get(name.rpartition(".")[2], 1)
-    return slices if layer.weight.shape[0] % slices == 0 else 1
+    rows: int = layer.weight.shape[0]  # type: ignore[index, assignment]
+    return slices if rows % slices == 0 else 1
 
 
 def _matching(patterns: Iterable[str], name: str) -> str | None:
@@ -244,7 +256,11 @@ def _matching(patterns: Iterable[str], name: str) -> str | None:
 
 
 def _check_all_matched(
-    setting: str, patterns: Iterable[str], matched: set[str], model: nn.Module, names: Iterable[str] | None = None
+    setting: str,
+    patterns: Iterable[str],
+    matched: set[str],
+    model: nn.Module,
+    names: Iterable[str] | None = None,
 ) -> None:
     idle = [pattern for pattern in patterns if pattern not in matched]
     if idle:

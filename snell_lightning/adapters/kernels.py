@@ -90,7 +90,7 @@ KERNELS = ("distance", "linear")
 
 def make_kernel(name: str, pieces: int, scale: float) -> Kernel:
     """The kernel of that name, one of `KERNELS`."""
-    return {"distance": lambda: DistanceKernel(pieces, scale), "linear": LinearKernel}[name]()
+    return DistanceKernel(pieces, scale) if name == "distance" else LinearKernel()
 
 
 def kernel_dtype(*tensors: Tensor) -> torch.dtype:

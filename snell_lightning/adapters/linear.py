@@ -62,20 +62,25 @@ class SnellLinear(nn.Module):
         x = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
         return self._tuned(x).permute(0, 3, 1, 2)
 
-    @torch.compiler.disable
+    @property
+    def updates(self) -> list[SnellDelta]:
+        """The updates, top rows first."""
+        return [delta for delta in self.deltas if isinstance(delta, SnellDelta)]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _tuned(self, x: Tensor) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         noise = Noise.draw(self.config.dropout, self.config.drop_path) if self.training else None
         weight = self.weight.flatten(1)
-        return tuned_linear(x, weight, self.bias, list(self.deltas), noise)
+        return tuned_linear(x, weight, self.bias, self.updates, noise)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """The plain layer again, of its original class, with the updates added to its weight in fp32 or better."""
         plain = self._plain[0]
-        update = torch.cat([delta.weight() for delta in self.deltas])
+        update = torch.cat([delta.weight() for delta in self.updates])
         merged = self.weight + update.view_as(self.weight)
         plain.weight = nn.Parameter(merged, requires_grad=False)
         plain.bias = self.bias

@@ -144,7 +144,13 @@ def _is_download_failure(error: BaseException) -> bool:
     seen: BaseException | None = error
     while seen is not None:
         module = type(seen).__module__.split(".")[0]
-        if isinstance(seen, OSError) or module in {"huggingface_hub", "requests", "httpx", "urllib3", "urllib"}:
+        if isinstance(seen, OSError) or module in {
+            "huggingface_hub",
+            "requests",
+            "httpx",
+            "urllib3",
+            "urllib",
+        }:
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -78,6 +78,11 @@ class AdapterCheckpoint(ModelCheckpoint):
             if trainer.is_global_zero and isinstance(pl_module, ImageClassifier):
                 self._export(trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save `last.ckpt` if that has not been done; a trial run (`fast_dev_run`) leaves no file."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            super().on_train_end(trainer, pl_module)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the state of each process's random generators."""
         state = _random_state()
@@ -144,7 +149,13 @@ def _random_state() -> dict[str, Any]:
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [version, list(numbers), gauss],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ],
     }
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()

@@ -60,7 +60,9 @@ class SnellMonitor(Callback):
         if module is not None:
             module.reset_peak_memory_stats(pl_module.device)
         else:
-            rank_zero_info("memory: on the CPU, memory/allocated_mib and memory/peak_mib are the process's resident set")
+            rank_zero_info(
+                "memory: on the CPU, memory/allocated_mib and memory/peak_mib are the process's resident set"
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave what lay between the epochs out of the throughput."""
@@ -120,7 +122,7 @@ class SnellMonitor(Callback):
             Console().print(self._summary(trainer, pl_module))
 
     def _interval(self, trainer: Trainer) -> int:
-        return max(1, self.every_n_steps or trainer.log_every_n_steps)
+        return max(1, self.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
     def _restart_clock(self) -> None:
         self._clock, self._images = time.perf_counter(), 0

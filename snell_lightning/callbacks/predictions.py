@@ -45,9 +45,7 @@ class PredictionWriter(BasePredictionWriter):
         samples = data.splits.test
         probabilities, labels = prediction.float().cpu().max(-1)
         rows = []
-        for index, label, probability in zip(
-            batch_indices or (), labels.tolist(), probabilities.tolist(), strict=True
-        ):
+        for index, label, probability in zip(batch_indices or (), labels.tolist(), probabilities.tolist(), strict=True):
             source = samples[index][0]
             image = source if isinstance(source, (str, Path)) else index
             rows.append((image, data.class_names[label], f"{probability:.6f}"))

@@ -102,9 +102,7 @@ class ImageDataModule(lightning.LightningDataModule):
         self.train_transform, self.eval_transform = build_transforms(
             config, augmentation, normalization, self.image_size
         )
-        self.splits = SOURCES[source](
-            Path(root) if root is not None else None, val_fraction, test_fraction, seed
-        )
+        self.splits = SOURCES[source](Path(root) if root is not None else None, val_fraction, test_fraction, seed)
 
     @property
     def num_classes(self) -> int:
@@ -185,9 +183,7 @@ class ImageDataModule(lightning.LightningDataModule):
                 f"data.source {self.source} has no {split} images here; add a {split} folder with the class "
                 f"folders in it, or set data.{split}_fraction above 0 where the source is split by fractions"
             )
-        dataset = ImageDataset(
-            samples, self.splits.open_image, self.eval_transform, split, self.skip_unreadable
-        )
+        dataset = ImageDataset(samples, self.splits.open_image, self.eval_transform, split, self.skip_unreadable)
         sampler = ShardSampler(dataset, *self._replicas_and_rank())
         return image_loader(dataset, sampler, self.eval_batch_size, self.image_size, self.num_workers)
 

@@ -27,8 +27,7 @@ def digits(root: Path | None, val_fraction: float, test_fraction: float, seed: i
     """
     if root is not None:
         raise UserError(
-            f"data.source digits takes no data.root (given {root}); to read images from there set "
-            "data.source to folder"
+            f"data.source digits takes no data.root (given {root}); to read images from there set data.source to folder"
         )
     data = load_digits()
     pixels = np.round(data.images * (255 / _BRIGHTEST)).astype(np.uint8)

@@ -91,8 +91,7 @@ def _samples(path: Path, classes: tuple[str, ...]) -> list[Sample]:
         images = _images(path / name)
         if not images:
             raise UserError(
-                f"class folder {path / name} has no images ({' '.join(IMG_EXTENSIONS)}); "
-                "add some or remove the folder"
+                f"class folder {path / name} has no images ({' '.join(IMG_EXTENSIONS)}); add some or remove the folder"
             )
         samples += [(image, labels[name]) for image in images]
     return samples

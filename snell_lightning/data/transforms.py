@@ -99,9 +99,7 @@ def build_transforms(
         train, evaluation = [_random_crop(image_size, smallest=0.8)], [whole]
     else:
         train, evaluation = [whole], [whole]
-    return v2.Compose([*train, *to_tensor, v2.ToPureTensor()]), v2.Compose(
-        [*evaluation, *to_tensor, v2.ToPureTensor()]
-    )
+    return v2.Compose([*train, *to_tensor, v2.ToPureTensor()]), v2.Compose([*evaluation, *to_tensor, v2.ToPureTensor()])
 
 
 def require_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:

@@ -14,9 +14,7 @@ COMPETING = [name for name in SPARSIFIERS if name != "none"]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999])
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (1, 2), (3, 1), (1, 5), (7, 1), (10, 10), (101, 1), (56, 32), (1000, 33)]
-)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (1, 5), (7, 1), (10, 10), (101, 1), (56, 32), (1000, 33)])
 def test_survivors_are_those_above_the_interpolated_quantile(shape: tuple[int, int], sparsity: float) -> None:
     matrix = torch.randn(shape)
 

@@ -172,9 +172,7 @@ class TestRefusals:
         with pytest.raises(UserError, match=f"belongs to the backbone '{BACKBONE}', not to 'vit_tiny'"):
             load_adapter(saved[0], make_model("deit-distilled"), "vit_tiny")
 
-    def test_other_frozen_weights_are_refused_and_nothing_is_copied(
-        self, saved: tuple[Path, nn.Module]
-    ) -> None:
+    def test_other_frozen_weights_are_refused_and_nothing_is_copied(self, saved: tuple[Path, nn.Module]) -> None:
         other = make_model("deit-distilled", seed=1)
         head = other.head.weight.clone()
 
@@ -219,9 +217,7 @@ class TestRefusals:
 
         assert len(str(caught.value).splitlines()) == 1
 
-    @pytest.mark.parametrize(
-        "content", [b"hello, this is text\n" * 50, b"{}", b"\xff" * 100, b"PK\x03\x04" * 30]
-    )
+    @pytest.mark.parametrize("content", [b"hello, this is text\n" * 50, b"{}", b"\xff" * 100, b"PK\x03\x04" * 30])
     def test_a_file_of_another_kind_is_refused(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "adapter.safetensors"
         path.write_bytes(content)
@@ -253,14 +249,18 @@ class TestRefusals:
         assert not marker.exists()
 
     @pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}, {"format": '"other/1"'}])
-    def test_another_safetensors_file_is_refused(
-        self, tmp_path: Path, metadata: dict[str, str] | None
-    ) -> None:
+    def test_another_safetensors_file_is_refused(self, tmp_path: Path, metadata: dict[str, str] | None) -> None:
         path = tmp_path / "weights.safetensors"
         save_file({"head.weight": torch.zeros(2)}, path, metadata=metadata)
 
         with pytest.raises(UserError, match="is not an adapter file"):
             read_adapter(path)
+
+    def test_metadata_that_lacks_a_value_is_refused_by_its_name(self, saved: tuple[Path, nn.Module]) -> None:
+        rewrite(saved[0], lambda _, metadata: metadata.pop("fingerprint"))
+
+        with pytest.raises(UserError, match="its metadata lacks fingerprint"):
+            load_adapter(saved[0], make_model("deit-distilled"))
 
 
 class TestWriting:

@@ -20,9 +20,7 @@ ARRAYS = np.load(Path(__file__).parents[1] / "golden" / "layers.npz")
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize(
-    ("case", "sparsity"), [("magnitude_s0.5", 0.5), ("magnitude_s0.95", 0.95), ("dense", 0.0)]
-)
+@pytest.mark.parametrize(("case", "sparsity"), [("magnitude_s0.5", 0.5), ("magnitude_s0.95", 0.95), ("dense", 0.0)])
 def test_values_and_gradients_equal_the_reference_implementation(case: str, sparsity: float) -> None:
     def golden(name: str) -> Tensor:
         return torch.from_numpy(ARRAYS[f"{case}.{name}"])

@@ -54,8 +54,7 @@ class TestMerge:
         assert [key for key in model.state_dict() if ".deltas." not in key] == plain_keys
         before = {name: model.get_submodule(name).weight.clone() for name in names}
         updates = {
-            name: torch.cat([delta.weight().detach() for delta in model.get_submodule(name).deltas])
-            for name in names
+            name: torch.cat([delta.weight().detach() for delta in model.get_submodule(name).deltas]) for name in names
         }
         with torch.no_grad():
             tuned = model(images)
@@ -108,6 +107,20 @@ class TestMerge:
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         # bf16 has 8 bits, and errors of 0.4 % at each of some 30 roundings in a row add up.
         assert relative_error(tuned.float(), merged) < 0.05
+
+    @pytest.mark.parametrize("family", ["beit", "eva02", "swinv2"])
+    def test_attention_that_reads_the_fused_weight_calls_the_layer_while_it_is_tuned(self, family: str) -> None:
+        # timm's attention with separate q and v biases uses `qkv.weight` itself unless this attribute is set.
+        model = make_model(family)
+        parents = [module for module in model.modules() if hasattr(module, "qkv_bias_separate")]
+        assert parents
+        assert not any(parent.qkv_bias_separate for parent in parents)
+
+        inject(model, SnellConfig(rank=4))
+        assert all(parent.qkv_bias_separate for parent in parents)
+
+        merge(model)
+        assert not any(parent.qkv_bias_separate for parent in parents)
 
     def test_a_merged_model_can_be_adapted_again(self) -> None:
         model, images = make_model("vit"), make_images("vit")
@@ -232,9 +245,7 @@ class TestWhatIsAdapted:
 
 class TestPatterns:
     def test_targets_select_layers(self) -> None:
-        assert inject(
-            make_model("vit"), SnellConfig(rank=4, targets=[r"blocks\.[01]\.attn\.proj", "5.mlp"])
-        ) == [
+        assert inject(make_model("vit"), SnellConfig(rank=4, targets=[r"blocks\.[01]\.attn\.proj", "5.mlp"])) == [
             "blocks.0.attn.proj",
             "blocks.1.attn.proj",
             "blocks.5.mlp.fc1",
@@ -249,9 +260,7 @@ class TestPatterns:
     def test_targets_never_adapt_the_head(self) -> None:
         model = make_model("vit")
 
-        assert inject(model, SnellConfig(rank=4, targets=["head|fc1"])) == [
-            f"blocks.{i}.mlp.fc1" for i in range(6)
-        ]
+        assert inject(model, SnellConfig(rank=4, targets=["head|fc1"])) == [f"blocks.{i}.mlp.fc1" for i in range(6)]
         assert type(model.head) is nn.Linear
 
     def test_exclude_leaves_layers_alone(self) -> None:
@@ -364,9 +373,7 @@ class TestMistakes:
             ),
         ],
     )
-    def test_a_pattern_that_does_not_fit_is_named_and_nothing_is_changed(
-        self, settings: dict, message: str
-    ) -> None:
+    def test_a_pattern_that_does_not_fit_is_named_and_nothing_is_changed(self, settings: dict, message: str) -> None:
         model = make_model("vit")
 
         with raises_one_line(message):
@@ -382,21 +389,15 @@ class TestMistakes:
             ("efficientnet", "conv_stem", "3x3 convolution"),
         ],
     )
-    def test_a_convolution_that_cannot_be_adapted_is_named(
-        self, family: str, target: str, reason: str
-    ) -> None:
-        with raises_one_line(
-            f"targets pattern '{target}' names .*{target}, which cannot be adapted: .*{reason}"
-        ):
+    def test_a_convolution_that_cannot_be_adapted_is_named(self, family: str, target: str, reason: str) -> None:
+        with raises_one_line(f"targets pattern '{target}' names .*{target}, which cannot be adapted: .*{reason}"):
             inject(make_model(family), SnellConfig(rank=4, targets=[target]))
 
     def test_multihead_attention_is_named_as_unsuitable_and_left_out_by_default(self) -> None:
         def make() -> nn.Module:
             return nn.ModuleDict({"layers": nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16)])})
 
-        with raises_one_line(
-            re.escape("layers.0.self_attn.out_proj, which cannot be adapted: nn.MultiheadAttention")
-        ):
+        with raises_one_line(re.escape("layers.0.self_attn.out_proj, which cannot be adapted: nn.MultiheadAttention")):
             inject(make(), SnellConfig(rank=4, targets=["out_proj"]))
 
         assert inject(make(), SnellConfig(rank=4)) == ["layers.0.linear1", "layers.0.linear2"]
@@ -468,9 +469,7 @@ class TestStateDict:
         ],
         ids=["missing", "unexpected", "shape"],
     )
-    def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_copied(
-        self, change: object, message: str
-    ) -> None:
+    def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_copied(self, change: object, message: str) -> None:
         source, target = self.pair()
         state = dict(adapter_state_dict(source))
         change(state)

@@ -77,16 +77,12 @@ def test_gradient_is_the_derivative_of_the_tuned_product(kernel: str, sparsifier
 # the update but that of a surrogate with those constants frozen at the point.
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_gradient_is_the_derivative_with_the_sparsifier_constants_frozen(
-    kernel: str, sparsifier: str
-) -> None:
+def test_gradient_is_the_derivative_with_the_sparsifier_constants_frozen(kernel: str, sparsifier: str) -> None:
     delta = make_delta(kernel, sparsifier)
     base = reference.kernel_matrix(delta).detach()
     grad = torch.randn(4, 5, dtype=torch.float64)
 
-    torch.testing.assert_close(
-        delta.weight(), reference.update(delta, frozen_at=base), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(delta.weight(), reference.update(delta, frozen_at=base), rtol=1e-12, atol=1e-12)
     delta.weight().backward(grad)
 
     for factors in (delta.out_factors, delta.in_factors):
@@ -96,9 +92,7 @@ def test_gradient_is_the_derivative_with_the_sparsifier_constants_frozen(
 
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_gradient_of_the_tuned_product_has_the_sparsifier_constants_frozen(
-    kernel: str, sparsifier: str
-) -> None:
+def test_gradient_of_the_tuned_product_has_the_sparsifier_constants_frozen(kernel: str, sparsifier: str) -> None:
     delta = make_delta(kernel, sparsifier)
     base = reference.kernel_matrix(delta).detach()
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
@@ -182,9 +176,7 @@ def test_close_points_far_from_the_origin_keep_their_digits() -> None:
         nn.init.normal_(factors, mean=70)
     double = SnellDelta(5, 4, delta.config, dtype=torch.float64)
     double.load_state_dict(delta.state_dict())
-    expansion = torch.cdist(
-        delta.out_factors[0], delta.in_factors[0], compute_mode="use_mm_for_euclid_dist"
-    ).double()
+    expansion = torch.cdist(delta.out_factors[0], delta.in_factors[0], compute_mode="use_mm_for_euclid_dist").double()
 
     assert (delta.weight() - double.weight()).abs().max() < 1e-6
     assert (expansion - double.weight()).abs().max() > 1e-4

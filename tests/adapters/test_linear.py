@@ -35,17 +35,13 @@ def make_layer(
     return layer
 
 
-def gradients(
-    layer: SnellLinear, forward: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor
-) -> list[Tensor]:
+def gradients(layer: SnellLinear, forward: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor) -> list[Tensor]:
     """Gradients of the input and of every factor."""
     x = x.detach().requires_grad_()
     return list(torch.autograd.grad(forward(x), [x, *layer.deltas.parameters()], grad_y))
 
 
-def straightforward(
-    layer: SnellLinear, x: Tensor, masks: tuple[Tensor | None, Tensor | None] = (None, None)
-) -> Tensor:
+def straightforward(layer: SnellLinear, x: Tensor, masks: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
     """The reference's output for the layer's tensors."""
     return reference.tuned(x, layer.weight.flatten(1), layer.bias, list(layer.deltas), masks)
 
@@ -89,9 +85,7 @@ class TestNumbers:
         ],
         ids=["transposed", "strided", "expanded", "column-major"],
     )
-    def test_equal_the_reference_for_inputs_that_are_not_contiguous(
-        self, view: Callable[[Tensor], Tensor]
-    ) -> None:
+    def test_equal_the_reference_for_inputs_that_are_not_contiguous(self, view: Callable[[Tensor], Tensor]) -> None:
         layer = make_layer()
         x = view(torch.randn(4, 6, 12))
         assert not x.is_contiguous()
@@ -213,9 +207,7 @@ class TestNumbers:
 class TestConvolution:
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("stride", [1, 2, (2, 1)])
-    def test_equals_the_convolution_with_weight_and_update(
-        self, stride: int | tuple[int, int], bias: bool
-    ) -> None:
+    def test_equals_the_convolution_with_weight_and_update(self, stride: int | tuple[int, int], bias: bool) -> None:
         conv = nn.Conv2d(12, 9, 1, stride=stride, bias=bias)
         layer = SnellLinear(conv, SnellConfig(rank=4, sparsity=0.5, scale=1.0))
         nn.init.normal_(layer.deltas[0].in_factors)
@@ -264,9 +256,7 @@ class TestConvolution:
             SnellLinear(nn.Linear(12, 9), SnellConfig(rank=4), slices=2)
 
 
-def kept_for_backward(
-    forward: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterator[Tensor]
-) -> dict[int, int]:
+def kept_for_backward(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterator[Tensor]) -> dict[int, int]:
     """Bytes of each storage that lives until backward and belongs to no parameter, by its address.
 
     Counts what autograd saves, and tensors that hang on the graph's nodes in some other way.
@@ -437,9 +427,7 @@ class TestNoise:
         assert relative_error(layer(x), straightforward(layer, x)) < 1e-5
 
     @pytest.mark.parametrize(("dropout", "drop_path"), [(0.5, 0.0), (0.0, 0.5)])
-    def test_every_call_has_its_own_noise_and_a_seed_repeats_it(
-        self, dropout: float, drop_path: float
-    ) -> None:
+    def test_every_call_has_its_own_noise_and_a_seed_repeats_it(self, dropout: float, drop_path: float) -> None:
         layer = make_layer(dropout=dropout, drop_path=drop_path).train()
         x = torch.randn(64, 12)
 
@@ -515,9 +503,7 @@ class TestLowPrecision:
 
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("dtype", LOW_PRECISIONS)
-    def test_a_small_update_of_a_real_weight_survives_on_average(
-        self, dtype: torch.dtype, bias: bool
-    ) -> None:
+    def test_a_small_update_of_a_real_weight_survives_on_average(self, dtype: torch.dtype, bias: bool) -> None:
         # Weights are about 0.03 and outputs about 0.5, where bf16 has a spacing of 2e-3: the update's part
         # of 2e-5 is far below it in every single output, but not lost on average over 4,096 of them times
         # 256 outputs.

@@ -92,9 +92,7 @@ class TestMistakes:
         ],
     )
     @pytest.mark.parametrize("pretrained", [True, False])
-    def test_an_unknown_name_is_answered_with_the_nearest(
-        self, name: str, message: str, pretrained: bool
-    ) -> None:
+    def test_an_unknown_name_is_answered_with_the_nearest(self, name: str, message: str, pretrained: bool) -> None:
         with pytest.raises(UserError, match=message) as caught:
             create_backbone(name, num_classes=3, pretrained=pretrained)
         assert len(str(caught.value).splitlines()) == 1
@@ -105,9 +103,7 @@ class TestMistakes:
     def test_a_model_without_pretrained_weights_is_never_given_at_random(self) -> None:
         without = next(name for name in timm.list_models("vit_*") if not timm.is_model_pretrained(name))
 
-        with pytest.raises(
-            UserError, match=f"'{without}' has no pretrained weights in timm.*pretrained: false"
-        ):
+        with pytest.raises(UserError, match=f"'{without}' has no pretrained weights in timm.*pretrained: false"):
             create_backbone(without, num_classes=3)
 
     def test_a_model_without_pretrained_weights_is_created_where_random_ones_are_asked_for(self) -> None:
@@ -138,9 +134,7 @@ class TestMistakes:
             "TORCH_HOME": str(tmp_path),
         }
 
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
 
         for name, line in zip(names, done.stdout.splitlines(), strict=True):
             assert name in line

@@ -25,9 +25,7 @@ def truncate(path: Path) -> None:
 
 
 def of_folder(root: Path, **arguments: Any) -> ImageDataModule:
-    return ImageDataModule(
-        "folder", str(root), augmentation="none", image_size=8, normalization="none", **arguments
-    )
+    return ImageDataModule("folder", str(root), augmentation="none", image_size=8, normalization="none", **arguments)
 
 
 def on_process(data: ImageDataModule, rank: int, world: int) -> ImageDataModule:
@@ -128,9 +126,7 @@ def test_training_order_depends_on_seed_and_epoch_alone(root: Path) -> None:
 
 def test_two_processes_see_one_processs_batches_in_the_same_steps(root: Path) -> None:
     alone = numbers(of_folder(root, batch_size=4).train_dataloader())
-    ranks = [
-        numbers(on_process(of_folder(root, batch_size=2), rank, 2).train_dataloader()) for rank in range(2)
-    ]
+    ranks = [numbers(on_process(of_folder(root, batch_size=2), rank, 2).train_dataloader()) for rank in range(2)]
     assert [sorted(batch) for batch in alone] == [sorted(a + b) for a, b in zip(*ranks, strict=True)]
 
 
@@ -210,9 +206,7 @@ def test_a_batch_of_nothing_but_bad_images_is_empty(root: Path, num_workers: int
     for path in (root / "val/a").iterdir():
         truncate(path)
     loader = of_folder(root, batch_size=3, num_workers=num_workers, on_bad_image="skip").val_dataloader()
-    assert [(tuple(images.shape), tuple(labels.shape)) for images, labels in loader] == [
-        ((0, 3, 8, 8), (0,))
-    ] * 2
+    assert [(tuple(images.shape), tuple(labels.shape)) for images, labels in loader] == [((0, 3, 8, 8), (0,))] * 2
 
 
 class Recorder(lightning.LightningModule):

@@ -49,9 +49,7 @@ def test_class_folders_are_split_by_class_without_overlap(make_images: MakeImage
     assert len({path for part in parts for path, _ in part}) == 24
 
 
-def test_the_split_depends_on_the_seed_alone(
-    make_images: MakeImages, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_split_depends_on_the_seed_alone(make_images: MakeImages, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_images({"a": 12, "b": 12})
     first = read(root)
     assert read(root, seed=1) != first

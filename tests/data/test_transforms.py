@@ -42,9 +42,7 @@ def test_results_are_float_squares_of_the_asked_size(augmentation: str, size: in
         ("none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     ],
 )
-def test_normalization_names_stand_for_these_values(
-    name: str, mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
+def test_normalization_names_stand_for_these_values(name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     assert Normalization.resolve(name, CONFIG) == Normalization(name, mean, std)
     _, transform = build_transforms(CONFIG, "none", name, 8)
     white = transform(Image.new("RGB", (9, 9), (255, 255, 255)))

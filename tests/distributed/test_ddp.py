@@ -16,7 +16,16 @@ COMMON = [
 
 def fit(folder: Path, *options: str) -> dict:
     """Fit in processes of their own and return the last checkpoint."""
-    command = [sys.executable, "-m", "snell_lightning", "fit", *COMMON, "--trainer.logger.save_dir", str(folder), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "snell_lightning",
+        "fit",
+        *COMMON,
+        "--trainer.logger.save_dir",
+        str(folder),
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return torch.load(folder / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -30,12 +39,16 @@ def one_and_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, P
     return one, two, folder
 
 
-def test_two_processes_and_one_give_the_same_parameters_after_five_steps(one_and_two: tuple[dict, dict, Path]) -> None:
+def test_two_processes_and_one_give_the_same_parameters_after_five_steps(
+    one_and_two: tuple[dict, dict, Path],
+) -> None:
     one, two, _ = one_and_two
     assert one["global_step"] == two["global_step"] == 5
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for name, tensor in one["state_dict"].items():
-        torch.testing.assert_close(two["state_dict"][name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            two["state_dict"][name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
     moments = [state["exp_avg"].abs().max() for state in two["optimizer_states"][0]["state"].values()]
     assert min(moments) > 0, "something was not trained"
 
@@ -45,7 +58,10 @@ def test_validation_over_two_processes_gives_the_score_of_one(one_and_two: tuple
     folder = one_and_two[2]
     checkpoint = folder / "one" / "version_0" / "checkpoints" / "last.ckpt"
     scores = {}
-    for run, options in {"one": (), "two": ("--config", "trainer/ddp.yaml", "--trainer.devices", "2")}.items():
+    for run, options in {
+        "one": (),
+        "two": ("--config", "trainer/ddp.yaml", "--trainer.devices", "2"),
+    }.items():
         command = [
             sys.executable, "-m", "snell_lightning", "validate", "--config", "vit.yaml", "--trainer.accelerator", "cpu",
             "--data.eval_batch_size", "50", "--ckpt_path", str(checkpoint), "--trainer.enable_progress_bar", "false",

@@ -20,7 +20,15 @@ COMMON = [
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "snell_lightning", *COMMON, "--trainer.logger.save_dir", str(folder), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "snell_lightning",
+        *COMMON,
+        "--trainer.logger.save_dir",
+        str(folder),
+        *options,
+    ]
     return subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -52,9 +60,7 @@ def test_killed_after_an_epoch_and_resumed_the_parameters_are_those_of_the_unint
     assert stopped["global_step"] < 15
 
     finish(start(killed, *options, "--ckpt_path", str(last(killed))))
-    expected, resumed = (
-        torch.load(path, weights_only=True) for path in (last(whole), last(killed, version=1))
-    )
+    expected, resumed = (torch.load(path, weights_only=True) for path in (last(whole), last(killed, version=1)))
     assert resumed["global_step"] == expected["global_step"] == 15
     assert resumed["state_dict"].keys() == expected["state_dict"].keys()
     for name, tensor in expected["state_dict"].items():
@@ -67,7 +73,16 @@ def test_killed_after_an_epoch_and_resumed_the_parameters_are_those_of_the_unint
 def test_explicit_values_beat_those_of_the_checkpoint(tmp_path: Path) -> None:
     finish(start(tmp_path / "run", "--trainer.max_epochs", "1", "--model.optimizer.weight_decay", "0.03"))
     changed = ["--model.optimizer.lr", "2e-4", "--model.optimizer.weight_decay", "0.2", "--model.mixup", "0"]
-    finish(start(tmp_path / "run", "--trainer.max_epochs", "2", *changed, "--ckpt_path", str(last(tmp_path / "run"))))
+    finish(
+        start(
+            tmp_path / "run",
+            "--trainer.max_epochs",
+            "2",
+            *changed,
+            "--ckpt_path",
+            str(last(tmp_path / "run")),
+        )
+    )
 
     resumed = torch.load(last(tmp_path / "run", version=1), weights_only=True)
     group = resumed["optimizer_states"][0]["param_groups"][1]
