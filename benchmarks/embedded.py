@@ -2,9 +2,9 @@
 
     python -m benchmarks.embedded
 
-All three take `configs/vit.yaml` as it stands, so data, steps, batch size and schedule are the same. The learning rate of each is
-chosen among the same three on the validation accuracy of one seed; then three seeds run, the best epoch is taken on validation
-data, and the test images are looked at once. Writes `benchmarks/results/embedded.json` and prints a table.
+All three take `configs/vit.yaml` as it stands, so data, steps, batch size and schedule are the same. The learning rate
+of each is chosen among the same three on the validation accuracy of one seed; then three seeds run, the best epoch is
+taken on validation data, and the test images are looked at once. Writes `benchmarks/results/embedded.json` and prints a table.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
         print(method, json.dumps(table[method]), flush=True)
 
     result = {
-        "what": "vit.yaml: MNIST-pretrained ViT of 1.0 M parameters, tuned to scikit-learn's digits; test accuracy by seed",
+        "what": "vit.yaml: a ViT pretrained on MNIST, tuned to scikit-learn's digits; test accuracy by seed",
         "methods": table,
         "threads": torch.get_num_threads(),
         "versions": {

@@ -2,8 +2,8 @@
 
     python -m snell_lightning {fit,validate,test,predict} --config vit.yaml [--config MORE.yaml ...] [--KEY VALUE ...]
 
-What is given later wins: built-in defaults, then configs from left to right, then the settings a checkpoint was made with
-(where `--ckpt_path` names one), then values on the command line, wherever they stand.
+What is given later wins: built-in defaults, then configs from left to right, then the settings a checkpoint was made
+with (where `--ckpt_path` names one), then values on the command line, wherever they stand.
 """
 
 import difflib
@@ -124,7 +124,7 @@ def make_cli(arguments: Sequence[str], run: bool = True) -> SnellCLI:
 def arrange_arguments(arguments: Sequence[str]) -> list[str]:
     """Put a command line into the order of precedence: command, configs, the checkpoint's settings, values.
 
-    For example `fit --model.adapter.rank 4 --config vit.yaml` becomes `fit --config .../vit.yaml --model.adapter.rank 4`.
+    For example `fit --data.seed 4 --config vit.yaml` becomes `fit --config .../vit.yaml --data.seed 4`.
 
     Raises:
         UserError: A config is neither a file nor shipped, or it or the checkpoint cannot be read.
@@ -190,7 +190,7 @@ def one_line(error: BaseException) -> str | None:
 
 
 def explain(message: str) -> str:
-    """One line for what jsonargparse says in many: the key, what is wrong with it, and the nearest key if it is unknown."""
+    """One line for what jsonargparse says in many: the key, what is wrong with it, the nearest key if it is unknown."""
     text = " ".join(message.split())
     key = re.search(r'(?:Parser key|key) "([\w.]+)"', text)
     option = re.search(r"Option '([\w.]+)' is not accepted", text)

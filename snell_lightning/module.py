@@ -1,7 +1,8 @@
 """The LightningModule: a timm backbone with SNELL adapters, trained to classify images.
 
 Thin glue. The mathematics is in `adapters/`, the images come from `data/`, and `callbacks/` watch and save. Checkpoints
-hold the trained tensors alone: the frozen backbone comes from where it came from before, and its fingerprint is checked.
+hold the trained tensors alone: the frozen backbone comes from where it came from before, and its fingerprint is
+checked.
 """
 
 import math
@@ -238,7 +239,7 @@ class ImageClassifier(LightningModule):
                 )
         if made_on["fingerprint"] != self.frozen_fingerprint:
             raise UserError(
-                f"the checkpoint was made on other frozen weights of {self.backbone_name!r}; use the same pretrained ones"
+                f"the checkpoint was made on other frozen weights of {self.backbone_name!r}; use the same ones"
             )
         checkpoint["state_dict"] = {**self.state_dict(), **state}
 
@@ -287,8 +288,8 @@ class ImageClassifier(LightningModule):
 def warmup_cosine(steps: int, warmup: float, start: float, end: float) -> Callable[[int], float]:
     """The learning rate's factor at each step: linear from `start` to 1, then half a cosine down to `end`.
 
-    For example 10 steps with `warmup=0.2`, `start=0`, `end=0` give 0, 0.5, 1, then fall to 0 at step 10. A `start` or `end`
-    above 1 counts as 1.
+    For example 10 steps with `warmup=0.2`, `start=0`, `end=0` give 0, 0.5, 1, then fall to 0 at step 10. A `start` or
+    `end` above 1 counts as 1.
     """
     rising = round(warmup * steps)
     start, end = min(start, 1.0), min(end, 1.0)

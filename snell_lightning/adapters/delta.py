@@ -159,7 +159,7 @@ class Noise:
         return cls(dropout, drop_path, int(torch.randint(2**63 - 1, ()).item()))
 
     def masks(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Masks of mean 1 for an input `(batch, ..., in)` of `rows` vectors: entries `(rows, in)`, samples `(rows, 1)`."""
+        """Masks of mean 1 for `x (batch, ..., in)`, seen as `rows` vectors: entries `(rows, in)`, samples `(rows, 1)`."""
         generator = torch.Generator(x.device).manual_seed(self.seed)
         entries = samples = None
         rows = x.numel() // x.shape[-1]
@@ -251,8 +251,8 @@ class _TunedLinear(torch.autograd.Function):
                 y = _low_precision_linear(tall_x if entries is None else tall_x * entries, update)
                 if samples is not None:
                     y *= samples
-                # The update comes first, so that the sum is rounded once: added to a product that is rounded already, an
-                # update below half the spacing would always be lost; this way it survives on average.
+                # The update comes first, so that the sum is rounded once: added to a product that is rounded already,
+                # an update below half the spacing would always be lost; this way it survives on average.
                 y.addmm_(tall_x, weight.to(x.dtype).T)
                 if bias is not None:
                     y += bias

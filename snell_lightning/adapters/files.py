@@ -23,8 +23,10 @@ from snell_lightning.adapters.injection import (
     check_adapter_state_dict,
     deltas,
     inject,
+    layer_config,
     load_adapter_state_dict,
 )
+from snell_lightning.adapters.linear import SnellLinear
 
 FORMAT = "snell_lightning.adapter/1"
 
@@ -99,6 +101,20 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
+def _check_settings(path: str | Path, model: nn.Module, config: SnellConfig) -> None:
+    """Raise where a layer would make another update of the file's factors than the one that was tuned."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, SnellLinear):
+            expected = layer_config(name, config)
+            for setting in ("kernel", "sparsifier", "sparsity", "pieces", "scale", "rank"):
+                wanted, given = getattr(expected, setting), getattr(layer.config, setting)
+                if wanted != given:
+                    raise UserError(
+                        f"{path} was tuned with {setting} {wanted} at {name}, and the model was injected with {given}; "
+                        "give the adapter the file's settings"
+                    )
+
+
 def load_adapter(path: str | Path, model: nn.Module, backbone: str | None = None) -> dict[str, Any]:
     """Load an adapter file into the backbone that it was made for.
 
@@ -116,8 +132,11 @@ def load_adapter(path: str | Path, model: nn.Module, backbone: str | None = None
     tensors, metadata = read_adapter(path)
     if backbone is not None and metadata["backbone"] != backbone:
         raise UserError(f"{path} belongs to the backbone {metadata['backbone']!r}, not to {backbone!r}")
-    if not deltas(model) and metadata["config"] is not None:
-        inject(model, SnellConfig(**metadata["config"]))
+    config = None if metadata["config"] is None else SnellConfig(**metadata["config"])
+    if config is not None:
+        if not deltas(model):
+            inject(model, config)
+        _check_settings(path, model, config)
     check_adapter_state_dict(model, tensors)
     if fingerprint(model) != metadata["fingerprint"]:
         raise UserError(

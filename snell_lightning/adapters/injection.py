@@ -1,7 +1,7 @@
 """Put adapters into a model, take them out again, and read or write what is trained.
 
-`inject` replaces layers in place and freezes the rest; `merge` adds the updates to the weights and puts the plain layers
-back. Which parameters are an adapter's is not guessed from their names: a module that has some says so
+`inject` replaces layers in place and freezes the rest; `merge` adds the updates to the weights and puts the plain
+layers back. Which parameters are an adapter's is not guessed from their names: a module that has some says so
 (`AdapterModule`).
 """
 
@@ -18,8 +18,8 @@ from snell_lightning.adapters.delta import SnellDelta
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.linear import SnellLinear, why_not_adaptable
 
-# Parts of a backbone that hold linear layers or 1x1 convolutions and lie outside its blocks, and small networks inside a
-# block that make a position bias rather than transform tokens.
+# Parts of a backbone that hold linear layers or 1x1 convolutions and lie outside its blocks, and small networks inside
+# a block that make a position bias rather than transform tokens.
 _OUTSIDE_BLOCKS = frozenset(
     {
         "stem",
@@ -75,7 +75,7 @@ def inject(model: nn.Module, config: SnellConfig) -> list[str]:
         parameter.requires_grad_(id(parameter) in head_parameters or name in extra)
 
     adapted = {
-        id(layer): SnellLinear(layer, _layer_config(name, config), _slices(name, layer))
+        id(layer): SnellLinear(layer, layer_config(name, config), _slices(name, layer))
         for name, layer in targets.items()
     }
     for parent in list(model.modules()):
@@ -126,7 +126,7 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def deltas(model: nn.Module) -> dict[str, SnellDelta]:
-    """All updates of a model by name, in its order: `blocks.0.attn.qkv.deltas.0` is the update of the first block's q."""
+    """All updates of a model by name, in its order: `blocks.0.attn.qkv.deltas.0` updates the first block's q."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SnellDelta)}
 
 
@@ -234,7 +234,7 @@ def _inside_block(name: str) -> bool:
     return any(part.isdigit() for part in parents) and _OUTSIDE_BLOCKS.isdisjoint(parents)
 
 
-def _layer_config(name: str, config: SnellConfig) -> SnellConfig:
+def layer_config(name: str, config: SnellConfig) -> SnellConfig:
     """The settings of one layer: those of the first matching pattern in place of the general ones."""
     changes: dict[str, Any] = {}
     for setting in ("rank", "sparsity", "dropout"):

@@ -6,9 +6,9 @@
 
 For example rank 4 in 2 pieces on a layer of 3 inputs and 5 outputs: Q is (2, 3, 2), P is (2, 5, 2), K is (5, 3).
 
-A kernel computes `K` together with the parts that its gradient needs (`evaluate`), and turns the gradient of a loss with
-respect to `K` into gradients of the factors (`gradients`). Nothing is recorded by autograd: the caller decides what lives
-until backward, which is the factors alone. Callers run both under `full_precision`.
+A kernel computes `K` together with the parts that its gradient needs (`evaluate`), and turns the gradient of a loss
+with respect to `K` into gradients of the factors (`gradients`). Nothing is recorded by autograd: the caller decides
+what lives until backward, which is the factors alone. Callers run both under `full_precision`.
 
 Source: SNELL (arXiv 2411.01800), section 3; the coefficients are those of its released code.
 """

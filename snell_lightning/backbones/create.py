@@ -92,7 +92,7 @@ def _hub_or_cache(needed: bool) -> Iterator[None]:
 
 
 def _pretrained_config(name: str) -> dict[str, Any]:
-    """timm's description of a pretrained model, for a name in any of the forms that `create_backbone` takes."""
+    """What timm says of a pretrained model, for a name in any of the forms that `create_backbone` takes."""
     try:
         scheme, identifier = parse_model_name(name)
     except (ValueError, AssertionError) as error:
@@ -109,7 +109,7 @@ def _pretrained_config(name: str) -> dict[str, Any]:
         raise UserError(f"there is no backbone {name!r} in timm; {_nearest(identifier)}")
     config = get_pretrained_cfg(identifier, allow_unregistered=False) if _known_tag(identifier) else None
     if config is None:
-        tags = [model for model in timm.list_pretrained(f"{identifier.split('.')[0]}.*")]
+        tags = timm.list_pretrained(f"{identifier.split('.')[0]}.*")
         raise UserError(f"backbone {name!r} has no such pretrained tag; timm has {', '.join(tags) or 'none'}")
     return dict(config.to_dict())
 

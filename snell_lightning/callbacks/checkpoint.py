@@ -15,7 +15,7 @@ from snell_lightning.module import ImageClassifier
 
 
 class AdapterCheckpoint(ModelCheckpoint):
-    """Save after each epoch: `last.ckpt`, the best `epoch=N.ckpt`, and `adapter.safetensors` whenever there is a new best.
+    """Save after each epoch: `last.ckpt`, the best `epoch=N.ckpt`, and at each new best `adapter.safetensors`.
 
     Checkpoints hold trained tensors, optimizer, schedule, loops and the state of every process's random generators, and
     no frozen weight. The adapter file stands in the run's folder and is all that is needed to use the result.
@@ -97,7 +97,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._random_states = checkpoint.get("random_states")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Carry the best epoch so far over into the folder of the resumed run; evaluation saves nothing and takes nothing."""
+        """Carry the best epoch so far over into the folder of the resumed run; evaluation carries nothing."""
         if self.adapter_path is None:
             return
         best = Path(state_dict["best_model_path"])

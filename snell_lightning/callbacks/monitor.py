@@ -30,8 +30,8 @@ class SnellMonitor(Callback):
       optimizer's state, and of what autograd keeps of the forward pass for backward, parameters not counted again.
     - `throughput/images_per_second`: training images over all processes; validation time is not counted.
 
-    Memory values are the largest over all processes. Nothing here makes the host wait for the device: values computed there
-    are copied in the background and logged when the next step ends.
+    Memory values are the largest over all processes. Nothing here makes the host wait for the device: values computed
+    there are copied in the background and logged when the next step ends.
 
     Args:
         every_n_steps: Optimizer steps between two loggings; by default the trainer's `log_every_n_steps`.
@@ -198,7 +198,7 @@ class SnellMonitor(Callback):
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes in use now and at most so far: of the device's allocator, or of this process where the device is the CPU."""
+    """Bytes in use now and at most so far: of the device's allocator, or of this process if the device is the CPU."""
     module = _memory_module(device)
     if module is not None:
         return module.memory_allocated(device), module.max_memory_allocated(device)

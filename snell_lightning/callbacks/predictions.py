@@ -14,8 +14,8 @@ from torch import Tensor
 class PredictionWriter(BasePredictionWriter):
     """One line per image: the image, the most probable class and its probability.
 
-    The file is `predictions.csv` in the run's folder; with several processes each writes `predictions.RANK.csv` with its
-    share of the images.
+    The file is `predictions.csv` in the run's folder; with several processes each writes `predictions.RANK.csv` with
+    its share of the images.
     """
 
     def __init__(self) -> None:

@@ -71,9 +71,7 @@ def test_class_folders_are_split_trained_on_and_their_names_saved(here: Path, co
         assert name in CLASSES
 
 
-def test_ready_splits_are_used_as_they_are(
-    here: Path, command: Command, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ready_splits_are_used_as_they_are(here: Path, command: Command, caplog: pytest.LogCaptureFixture) -> None:
     for seed, (split, count) in enumerate({"train": 6, "val": 2, "test": 3}.items()):
         write_photos(here / "photos" / split, count, seed)
     done = command("fit", *QUICK, *FROM_FOLDER, "--data.root", "photos")

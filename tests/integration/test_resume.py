@@ -14,7 +14,8 @@ import torch
 COMMON = [
     "fit", "--config", "vit.yaml", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "3",
     "--trainer.limit_train_batches", "5", "--trainer.limit_val_batches", "2", "--data.batch_size", "8",
-    "--model.mixup", "0.2", "--model.cutmix", "1.0", "--model.adapter.dropout", "0.1", "--model.adapter.drop_path", "0.1",
+    "--model.mixup", "0.2", "--model.cutmix", "1.0",
+    "--model.adapter.dropout", "0.1", "--model.adapter.drop_path", "0.1",
     "--trainer.enable_model_summary", "false", "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
 
