@@ -3,8 +3,8 @@
     python -m benchmarks.embedded
 
 All three take `configs/vit.yaml` as it stands, so data, steps, batch size and schedule are the same. The learning rate
-of each is chosen among the same three on the validation accuracy of one seed; then three seeds run, the best epoch is
-taken on validation data, and the test images are looked at once. Writes `benchmarks/results/embedded.json` and prints a table.
+of each is chosen among the same four on the validation accuracy of one seed; then three seeds run, the best epoch is
+taken on validation data, and the test images are looked at once. Writes `results/embedded.json` and prints a table.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import lightning
 import timm
 import torch
 
-from snell_lightning.cli import make_cli
+from snell_lightning.cli import SnellCLI, make_cli
 
 RESULT = Path(__file__).parent / "results" / "embedded.json"
 METHODS = {
@@ -26,29 +26,32 @@ METHODS = {
     "linear probe": ["--model.adapter", "null"],
     "snell, random weights": ["--model.pretrained", "false"],
 }
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
-def run(options: list[str], rate: float, seed: int, test: bool) -> dict[str, float]:
-    """One fit; validation accuracy of its best epoch, and test accuracy if asked for."""
-    with tempfile.TemporaryDirectory() as folder:
-        cli = make_cli(
-            [
-                "--config", "vit.yaml", "--seed_everything", str(seed), "--model.optimizer.lr", str(rate),
-                "--trainer.logger.save_dir", folder, "--trainer.enable_progress_bar", "false",
-                "--trainer.enable_model_summary", "false", *options,
-            ],
-            run=False,
-        )  # fmt: skip
-        cli.trainer.fit(cli.model, cli.datamodule)
-        result = {
-            "val/acc1": float(cli.trainer.checkpoint_callback.best_model_score),
-            "trained_parameters": sum(p.numel() for p in cli.model.parameters() if p.requires_grad),
-        }
-        if test:
-            (scores,) = cli.trainer.test(cli.model, cli.datamodule, ckpt_path="best", verbose=False)
-            result["test/acc1"] = scores["test/acc1"]
-        return result
+def fit(options: list[str], rate: float, seed: int, folder: Path) -> SnellCLI:
+    """One fit, whose files go to `folder`."""
+    cli = make_cli(
+        [
+            "--config", "vit.yaml", "--seed_everything", str(seed), "--model.optimizer.lr", str(rate),
+            "--trainer.logger.save_dir", str(folder), "--trainer.enable_progress_bar", "false",
+            "--trainer.enable_model_summary", "false", *options,
+        ],
+        run=False,
+    )  # fmt: skip
+    cli.trainer.fit(cli.model, cli.datamodule)
+    return cli
+
+
+def selected(cli: SnellCLI) -> float:
+    """Validation accuracy of the best epoch."""
+    return float(cli.trainer.checkpoint_callback.best_model_score)
+
+
+def tested(cli: SnellCLI) -> float:
+    """Test accuracy of that epoch."""
+    (scores,) = cli.trainer.test(cli.model, cli.datamodule, ckpt_path="best", verbose=False)
+    return scores["test/acc1"]
 
 
 def main() -> None:
@@ -58,16 +61,18 @@ def main() -> None:
 
     table = {}
     for method, options in METHODS.items():
-        tried = {rate: run(options, rate, seed=0, test=False)["val/acc1"] for rate in RATES}
-        best = max(tried, key=lambda rate: tried[rate])
-        runs = [run(options, best, seed, test=True) for seed in range(seeds)]
-        scores = [each["test/acc1"] for each in runs]
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            tried = {rate: fit(options, rate, 0, folder) for rate in RATES}
+            best = max(tried, key=lambda rate: selected(tried[rate]))
+            runs = [tried[best], *(fit(options, best, seed, folder) for seed in range(1, seeds))]
+            scores = [tested(run) for run in runs]
         table[method] = {
             "lr": best,
-            "val/acc1 by lr": {f"{rate:g}": round(score, 4) for rate, score in tried.items()},
+            "val/acc1 by lr": {f"{rate:g}": round(selected(run), 4) for rate, run in tried.items()},
             "test/acc1": [round(score, 4) for score in scores],
             "mean": round(statistics.mean(scores), 4),
-            "trained_parameters": runs[0]["trained_parameters"],
+            "trained_parameters": sum(p.numel() for p in runs[0].model.parameters() if p.requires_grad),
         }
         print(method, json.dumps(table[method]), flush=True)
 

@@ -109,6 +109,8 @@ def make_cli(arguments: Sequence[str], run: bool = True) -> SnellCLI:
         parser_class=SnellParser,
         seed_everything_default=0,
         trainer_defaults={
+            # The module says in one line what it trains.
+            "enable_model_summary": False,
             "callbacks": [FiniteLoss(), PredictionWriter()],
             "logger": {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -282,9 +284,16 @@ def _nearest_key(key: str) -> str | None:
     return near[0] if near else by_leaf[leaf[0]] if leaf else None
 
 
+def _is_about_the_run(record: logging.LogRecord) -> bool:
+    """Whether a message of lightning's is neither an advertisement nor of interest to its developers alone."""
+    message = record.getMessage()
+    return not any(text in message for text in ("💡", "to estimate number of stepping batches", "TPU available: False"))
+
+
 def _quieten() -> None:
     """Switch off what is not about the run: advertisements, and advice that does not apply."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())
+        logging.getLogger(name).addFilter(_is_about_the_run)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data import Mixup
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -24,6 +25,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from snell_lightning.adapters import (
     SnellConfig,
+    SnellLinear,
     UserError,
     adapter_parameters,
     adapter_state_dict,
@@ -131,7 +133,14 @@ class ImageClassifier(LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Put frozen batch norms to rest; Lightning does not call `train` before the first epoch."""
+        """Say what is trained, and put frozen batch norms to rest: Lightning does not call `train` before it fits."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parameters())
+        layers = sum(isinstance(module, SnellLinear) for module in self.model.modules())
+        rank_zero_info(
+            f"model: {self.backbone_name}, {layers} layers adapted, {trained:,} of {total:,} parameters trained "
+            f"({trained / total:.2%})"
+        )
         self.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

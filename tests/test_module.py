@@ -1,14 +1,12 @@
 """The LightningModule without the command line: schedule, parameter groups, mixing, metrics, frozen statistics."""
 
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
@@ -135,8 +133,9 @@ def test_layer_decay_lowers_the_rate_from_each_block_to_the_one_below() -> None:
     depth = len(module.model.blocks)
     assert rates["head.weight"] == pytest.approx(1e-3)
     for block in range(depth):
-        of_block = {rate for name, rate in rates.items() if name.startswith(f"blocks.{block}.")}
-        assert of_block == {pytest.approx(1e-3 * 0.5 ** (depth - block))}, block
+        of_block = [rate for name, rate in rates.items() if name.startswith(f"blocks.{block}.")]
+        assert of_block == pytest.approx([1e-3 * 0.5 ** (depth - block)] * len(of_block)), block
+        assert of_block
     assert rates["cls_token"] == pytest.approx(1e-3 * 0.5 ** (depth + 1))
 
 
@@ -240,24 +239,20 @@ def test_a_saved_module_is_the_same_after_loading(tmp_path: Path) -> None:
     run = trainer(tmp_path, enable_checkpointing=True, callbacks=[AdapterCheckpoint(monitor=None)])
     run.fit(module, DataLoader([batch(4)], batch_size=None))
     path = tmp_path / "checkpoints" / "last.ckpt"
-    # Random frozen weights come from the seed, and must be the same again.
-    torch.manual_seed(0)
-    with pytest.raises(UserError, match="other frozen weights"):
-        ImageClassifier.load_from_checkpoint(path, weights_only=True)
-
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["hyper_parameters"]["adapter"]["rank"] == 2
     assert "optimizer" not in checkpoint["hyper_parameters"]
-    frozen = timm.create_model("test_vit", num_classes=7, img_size=32)
-    frozen.load_state_dict({k: v for k, v in module.model.state_dict().items() if k in frozen.state_dict()})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("snell_lightning.module.create_backbone", lambda *_, **__: frozen)
-        loaded = ImageClassifier.load_from_checkpoint(path, weights_only=True)
+
+    # These frozen weights are random: another seed makes others, the seed of before the same.
+    torch.manual_seed(1)
+    with pytest.raises(UserError, match="other frozen weights"):
+        ImageClassifier.load_from_checkpoint(path, weights_only=True)
+    torch.manual_seed(0)
+    loaded = ImageClassifier.load_from_checkpoint(path, weights_only=True)
     assert (loaded.label_smoothing, loaded.warmup, loaded.adapter_config) == (0.1, 0.2, SMALL)
     images, _ = batch(2)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(images), module.eval()(images))
-    shutil.rmtree(tmp_path / "checkpoints")
 
 
 def test_a_checkpoint_that_lacks_or_adds_a_tensor_is_refused() -> None:

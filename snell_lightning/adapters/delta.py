@@ -159,7 +159,7 @@ class Noise:
         return cls(dropout, drop_path, int(torch.randint(2**63 - 1, ()).item()))
 
     def masks(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Masks of mean 1 for `x (batch, ..., in)`, seen as `rows` vectors: entries `(rows, in)`, samples `(rows, 1)`."""
+        """Masks of mean 1 for `x`, seen as `rows` vectors: entries `(rows, in)`, samples `(rows, 1)`."""
         generator = torch.Generator(x.device).manual_seed(self.seed)
         entries = samples = None
         rows = x.numel() // x.shape[-1]

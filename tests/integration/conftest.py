@@ -16,10 +16,10 @@ from snell_lightning.cli import main
 
 # The embedded backbone with a small adapter and a handful of batches.
 QUICK = (
-    "--config", "vit.yaml", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1",
-    "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--data.batch_size", "8",
-    "--data.eval_batch_size", "64", "--model.adapter.rank", "2", "--trainer.enable_progress_bar", "false",
-    "--trainer.enable_model_summary", "false",
+    "--config", "vit.yaml", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2",
+    "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.log_every_n_steps", "1",
+    "--data.batch_size", "8", "--data.eval_batch_size", "64", "--model.adapter.rank", "2",
+    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
 )  # fmt: skip
 
 

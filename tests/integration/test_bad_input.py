@@ -237,7 +237,7 @@ def test_an_adapter_file_of_another_backbone_rank_or_number_of_classes_is_refuse
     message = refused("fit", *QUICK, *OTHER_BACKBONE, *given)
     assert f"belongs to the backbone '{EMBEDDED_BACKBONE}', not to 'test_vit'" in message
     message = refused("fit", *QUICK, "--model.adapter.rank", "4", *given)
-    assert "(2, 144, 1) in the adapter and (2, 144, 2) in the model" in message
+    assert "tuned with rank 2 at blocks.0.attn.qkv, and the model was injected with 4" in message
     for name in ("cats", "dogs"):
         fill(work / "images" / name, 4)
     message = refused("fit", *QUICK, *from_folder("images"), *given)

@@ -1,0 +1,57 @@
+"""Every command that README, docs and config headers show is one that the command line takes."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from snell_lightning import cli
+
+ROOT = Path(__file__).parent.parent
+SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
+
+
+def commands(path: Path) -> list[str]:
+    """What follows `python -m snell_lightning`, or `torchrun ... -m snell_lightning`, on the lines of a file."""
+    text = re.sub(r"\\\n[# ]*", "", path.read_text(encoding="utf-8"))
+    return re.findall(r"-m snell_lightning ((?:fit|validate|test|predict) [^`\n]*)", text)
+
+
+ALL = [(path.relative_to(ROOT).as_posix(), command) for path in SHOWN for command in commands(path)]
+
+
+class Parsed(Exception):
+    """Raised in place of making model and data."""
+
+
+@pytest.mark.parametrize(("where", "command"), ALL)
+def test_command_shown_is_taken(where: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The folder as it is after a first run.
+    run = tmp_path / "runs" / "version_0"
+    run.mkdir(parents=True)
+    shutil.copyfile(ROOT / "configs" / "vit.yaml", run / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_checkpoint_settings", lambda path: {})
+
+    def stop(self: cli.SnellCLI) -> None:
+        raise Parsed
+
+    monkeypatch.setattr(cli.SnellCLI, "before_instantiate_classes", stop)
+    with pytest.raises(SystemExit if "--help" in command else Parsed):
+        cli.make_cli(shlex.split(command.replace("$SLURM_NNODES", "2")))
+
+
+def test_readme_and_every_config_show_a_command() -> None:
+    shown = {where for where, _ in ALL}
+    assert "README.md" in shown
+    configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    assert configs <= shown
+
+
+def test_ci_finds_both_commands_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"<!-- ci: (\w+) -->\n```bash\n(.*?)\n```", text, flags=re.DOTALL))
+    assert blocks["job"] == "pip install -e . && python -m snell_lightning fit --config vit.yaml"
+    assert blocks["test"] == "pip install -e '.[test]' && pytest"

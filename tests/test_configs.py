@@ -1,0 +1,85 @@
+"""Every shipped config is valid as it stands, and says how it is run."""
+
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from snell_lightning.cli import SHIPPED_CONFIGS, ConfigError, SnellCLI, arrange_arguments, make_cli
+
+CONFIGS = sorted(str(path.relative_to(SHIPPED_CONFIGS)) for path in SHIPPED_CONFIGS.rglob("*.yaml"))
+# Overlays say what to change and are put behind a complete job.
+OVERLAYS = ("trainer/", "data/", "backbone/")
+JOB = "vit.yaml"
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that parses a command line, checks every value and gives the config; nothing is created or run."""
+
+    def run(*arguments: str) -> Any:
+        monkeypatch.setattr("sys.argv", ["snell_lightning"])
+        monkeypatch.setattr(SnellCLI, "instantiate_classes", lambda self: None)
+        monkeypatch.setattr(SnellCLI, "_run_subcommand", lambda self, subcommand: None)
+        cli = make_cli(arguments)
+        return cli.config[cli.config.subcommand]
+
+    return run
+
+
+def header(name: str) -> str:
+    """The comment block that a config opens with, without comment signs."""
+    lines = (SHIPPED_CONFIGS / name).read_text(encoding="utf-8").splitlines()
+    block = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        block.append(line.lstrip("#").removeprefix(" "))
+    return "\n".join(block)
+
+
+def commands(name: str) -> list[list[str]]:
+    """The command lines in a config's header, each as the arguments behind the program's name."""
+    text = re.sub(r"\\\n\s*", " ", header(name))
+    found = re.findall(r"^\s+.*-m snell_lightning (.*)$", text, flags=re.MULTILINE)
+    return [shlex.split(command) for command in found]
+
+
+def test_configs_are_found() -> None:
+    assert JOB in CONFIGS
+    assert {f"{Path(name).parent}/" for name in CONFIGS} >= set(OVERLAYS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_valid(name: str, parse: Any) -> None:
+    below = ["--config", JOB] if name.startswith(OVERLAYS) else []
+    config = parse("fit", *below, "--config", name)
+    given = yaml.safe_load((SHIPPED_CONFIGS / name).read_text(encoding="utf-8"))
+    # What the file says is what comes out.
+    for group in given.keys() & {"trainer", "data", "checkpoint", "monitor"}:
+        for key, value in given[group].items():
+            if not isinstance(value, (dict, list)):
+                assert str(config[group][key]) == str(value), f"{group}.{key}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_opens_with_the_command_that_runs_it(name: str) -> None:
+    assert header(name), "no comment block at the top"
+    found = commands(name)
+    assert found, "no command in the header"
+    for command in found:
+        assert command[0].isidentifier() or command[0] == "check-data"
+        configs = [value for key, value in pairwise(command) if key == "--config"]
+        assert name in configs
+        # All configs that it names are there.
+        assert len(arrange_arguments(command)) >= len(command)
+
+
+def test_a_config_with_an_unknown_key_would_not_pass(parse: Any, tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text("trainer:\n  max_epoch: 3\n")
+    with pytest.raises(ConfigError, match="max_epoch"):
+        parse("fit", "--config", JOB, "--config", str(tmp_path / "wrong.yaml"))
