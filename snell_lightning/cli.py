@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from snell_lightning.adapters import SnellConfig, UserError
+from snell_lightning.adapters import SnellConfig, UserError, read_adapter
 from snell_lightning.callbacks import AdapterCheckpoint, FiniteLoss, PredictionWriter, SnellMonitor
 from snell_lightning.data import ImageDataModule
 from snell_lightning.module import ImageClassifier
@@ -124,7 +124,9 @@ def make_cli(arguments: Sequence[str], run: bool = True) -> SnellCLI:
 
 
 def arrange_arguments(arguments: Sequence[str]) -> list[str]:
-    """Put a command line into the order of precedence: command, configs, the checkpoint's settings, values.
+    """Put a command line into the order of precedence: command, configs, settings from files, values.
+
+    The settings are those of the checkpoint or the adapter that `--ckpt_path` or `--model.adapter_file` names.
 
     For example `fit --data.seed 4 --config vit.yaml` becomes `fit --config .../vit.yaml --data.seed 4`.
 
@@ -134,7 +136,7 @@ def arrange_arguments(arguments: Sequence[str]) -> list[str]:
     command = [argument for argument in arguments[:1] if not argument.startswith("-")]
     configs: list[str] = []
     values: list[str] = []
-    checkpoint: str | None = None
+    sources: dict[str, str] = {}
     rest = iter(arguments[len(command) :])
     for argument in rest:
         name, equals, value = argument.partition("=")
@@ -144,12 +146,13 @@ def arrange_arguments(arguments: Sequence[str]) -> list[str]:
             configs += ["--config", path]
             continue
         values.append(argument)
-        if name == "--ckpt_path":
-            checkpoint = value if equals else _value(rest, name)
+        if name in _SETTINGS_FROM:
+            sources[name] = value if equals else _value(rest, name)
             if not equals:
-                values.append(checkpoint)
-    if checkpoint is not None and checkpoint not in ("best", "last", "hpc", "null"):
-        configs += ["--config", json.dumps({"model": _checkpoint_settings(checkpoint)})]
+                values.append(sources[name])
+    for name, path in sources.items():
+        if path not in ("best", "last", "hpc", "null"):
+            configs += ["--config", json.dumps({"model": _SETTINGS_FROM[name](path)})]
     return [*command, *configs, *values]
 
 
@@ -262,6 +265,15 @@ def _checkpoint_settings(path: str) -> dict[str, Any]:
         ) from error
     # Comes from the data, and where to start from is what the checkpoint itself says.
     return {key: value for key, value in settings.items() if key not in ("num_classes", "adapter_file")}
+
+
+def _adapter_settings(path: str) -> dict[str, Any]:
+    """The settings that an adapter file was made with."""
+    _, metadata = read_adapter(path)
+    return {"backbone": metadata["backbone"], "adapter": metadata["config"]}
+
+
+_SETTINGS_FROM = {"--ckpt_path": _checkpoint_settings, "--model.adapter_file": _adapter_settings}
 
 
 def _nearest_key(key: str) -> str | None:

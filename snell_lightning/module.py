@@ -29,8 +29,9 @@ from snell_lightning.adapters import (
     UserError,
     adapter_parameters,
     adapter_state_dict,
+    check_adapter_state_dict,
     fingerprint,
-    heads,
+    freeze_all_but_head,
     inject,
     load_adapter,
 )
@@ -48,7 +49,7 @@ class ImageClassifier(LightningModule):
         pretrained: Start from pretrained weights. If they cannot be had, that is an error.
         backbone_args: Further arguments of `timm.create_model`, such as `drop_path_rate`.
         adapter: What is tuned and how; null trains the head alone (a linear probe).
-        adapter_file: An adapter file to start from, or to test or predict with; made with the same `adapter` settings.
+        adapter_file: An adapter file to start from, or to test or predict with. On the command line its settings hold.
         optimizer: Makes the optimizer from parameter groups.
         warmup: Fraction of all steps in which the learning rate rises linearly from `warmup_lr`, in [0, 1).
         warmup_lr: Learning rate of the first step.
@@ -101,7 +102,7 @@ class ImageClassifier(LightningModule):
 
         self.model = create_backbone(backbone, num_classes, pretrained, **(backbone_args or {}))
         if adapter is None:
-            _freeze_all_but_head(self.model)
+            freeze_all_but_head(self.model)
         else:
             inject(self.model, adapter)
         if adapter_file is not None:
@@ -233,19 +234,8 @@ class ImageClassifier(LightningModule):
                 f"the checkpoint belongs to the backbone {made_on['backbone']!r}, not to {self.backbone_name!r}"
             )
         state = checkpoint["state_dict"]
-        expected = {f"model.{name}": tensor for name, tensor in adapter_state_dict(self.model).items()}
-        for names, what in (
-            (expected.keys() - state.keys(), "lacks"),
-            (state.keys() - expected.keys(), "also has"),
-        ):
-            if names:
-                raise UserError(f"the checkpoint does not fit the adapter's settings: it {what} {sorted(names)[0]}")
-        for name, tensor in expected.items():
-            if tensor.shape != state[name].shape:
-                raise UserError(
-                    f"the checkpoint does not fit: {name} is {tuple(state[name].shape)} there and "
-                    f"{tuple(tensor.shape)} here; give the adapter the rank, and the data the classes, it was made with"
-                )
+        trained = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        check_adapter_state_dict(self.model, trained, "the checkpoint")
         if made_on["fingerprint"] != self.frozen_fingerprint:
             raise UserError(
                 f"the checkpoint was made on other frozen weights of {self.backbone_name!r}; use the same ones"
@@ -320,15 +310,6 @@ def _metrics(stage: str, num_classes: int) -> nn.ModuleDict:
     return nn.ModuleDict(
         {"loss": MeanMetric(), "accuracy": MetricCollection(accuracy, compute_groups=False)}  # type: ignore[arg-type]
     )
-
-
-def _freeze_all_but_head(model: nn.Module) -> None:
-    model.requires_grad_(False)
-    found = heads(model)
-    if not found:
-        raise UserError("the backbone names no classifier, so without an adapter there is nothing to train")
-    for head in found.values():
-        head.requires_grad_(True)
 
 
 def _check_range(name: str, value: float, holds: bool, expected: str) -> None:

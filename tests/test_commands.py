@@ -22,7 +22,7 @@ def commands(path: Path) -> list[str]:
 ALL = [(path.relative_to(ROOT).as_posix(), command) for path in SHOWN for command in commands(path)]
 
 
-class Parsed(Exception):
+class ParsedError(Exception):
     """Raised in place of making model and data."""
 
 
@@ -33,13 +33,14 @@ def test_command_shown_is_taken(where: str, command: str, tmp_path: Path, monkey
     run.mkdir(parents=True)
     shutil.copyfile(ROOT / "configs" / "vit.yaml", run / "config.yaml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_checkpoint_settings", lambda path: {})
+    for name in cli._SETTINGS_FROM:
+        monkeypatch.setitem(cli._SETTINGS_FROM, name, lambda path: {})
 
     def stop(self: cli.SnellCLI) -> None:
-        raise Parsed
+        raise ParsedError
 
     monkeypatch.setattr(cli.SnellCLI, "before_instantiate_classes", stop)
-    with pytest.raises(SystemExit if "--help" in command else Parsed):
+    with pytest.raises(SystemExit if "--help" in command else ParsedError):
         cli.make_cli(shlex.split(command.replace("$SLURM_NNODES", "2")))
 
 

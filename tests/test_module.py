@@ -261,10 +261,10 @@ def test_a_checkpoint_that_lacks_or_adds_a_tensor_is_refused() -> None:
     module.on_save_checkpoint(made)
     name = "model.head.bias"
     lacking = {key: value for key, value in made["state_dict"].items() if key != name}
-    with pytest.raises(UserError, match=f"lacks {name}"):
+    with pytest.raises(UserError, match=r"the checkpoint lacks head\.bias"):
         module.on_load_checkpoint({**made, "state_dict": lacking})
     more = {**made["state_dict"], "model.extra": torch.zeros(1)}
-    with pytest.raises(UserError, match=r"also has model\.extra"):
+    with pytest.raises(UserError, match="no place for extra of the checkpoint"):
         module.on_load_checkpoint({**made, "state_dict": more})
     with pytest.raises(UserError, match="was not written by snell_lightning"):
         module.on_load_checkpoint({"state_dict": made["state_dict"]})

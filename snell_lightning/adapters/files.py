@@ -22,6 +22,7 @@ from snell_lightning.adapters.injection import (
     adapter_state_dict,
     check_adapter_state_dict,
     deltas,
+    freeze_all_but_head,
     inject,
     layer_config,
     load_adapter_state_dict,
@@ -137,6 +138,8 @@ def load_adapter(path: str | Path, model: nn.Module, backbone: str | None = None
         if not deltas(model):
             inject(model, config)
         _check_settings(path, model, config)
+    else:
+        freeze_all_but_head(model)
     check_adapter_state_dict(model, tensors)
     if fingerprint(model) != metadata["fingerprint"]:
         raise UserError(

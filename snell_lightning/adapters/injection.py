@@ -125,6 +125,20 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def freeze_all_but_head(model: nn.Module) -> None:
+    """Leave only the classifier trainable: a linear probe.
+
+    Raises:
+        UserError: The model does not say what its classifier is.
+    """
+    model.requires_grad_(False)
+    found = heads(model)
+    if not found:
+        raise UserError("the backbone names no classifier, so without an adapter there is nothing to train")
+    for head in found.values():
+        head.requires_grad_(True)
+
+
 def deltas(model: nn.Module) -> dict[str, SnellDelta]:
     """All updates of a model by name, in its order: `blocks.0.attn.qkv.deltas.0` updates the first block's q."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SnellDelta)}
@@ -164,19 +178,21 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         tensor.copy_(state[name])
 
 
-def check_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` unless `state` has exactly the tensors that the model trains, in their shapes."""
+def check_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], where: str = "the adapter") -> None:
+    """Raise `UserError`, naming `where`, unless `state` has just the tensors that the model trains, in their shapes."""
     own = adapter_state_dict(model)
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     if missing:
-        raise UserError(f"the adapter lacks {_some(missing)}; was it made with other settings or another backbone?")
+        raise UserError(f"{where} lacks {_some(missing)}; was it made with other settings or another backbone?")
     if unexpected:
-        raise UserError(f"the model has no place for {_some(unexpected)}; was it injected with the adapter's settings?")
+        raise UserError(
+            f"the model has no place for {_some(unexpected)} of {where}; was it injected with the same settings?"
+        )
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise UserError(
-                f"{name} is {tuple(state[name].shape)} in the adapter and {tuple(tensor.shape)} in the model; "
-                "inject with the adapter's own settings and number of classes"
+                f"{name} is {tuple(state[name].shape)} in {where} and {tuple(tensor.shape)} in the model; "
+                "give the model the settings and the number of classes that it was made with"
             )
 
 

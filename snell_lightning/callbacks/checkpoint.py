@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from snell_lightning.adapters import save_adapter
 from snell_lightning.module import ImageClassifier
@@ -104,10 +105,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         if state_dict["dirpath"] != self.dirpath and self.dirpath is not None and best.is_file():
             here = Path(self.dirpath) / best.name
             adapter = Path(state_dict["dirpath"]).parent / "adapter.safetensors"
-            here.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(best, here)
-            if adapter.is_file() and self.adapter_path is not None:
-                shutil.copyfile(adapter, self.adapter_path)
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                here.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(best, here)
+                if adapter.is_file():
+                    shutil.copyfile(adapter, self.adapter_path)
             score = state_dict["best_model_score"]
             state_dict = {
                 **state_dict,

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -119,6 +120,10 @@ class SnellMonitor(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the closing table."""
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            bar = getattr(trainer.progress_bar_callback, "progress", None)
+            if isinstance(bar, Progress):
+                # Else it would be drawn over the table.
+                bar.stop()
             Console().print(self._summary(trainer, pl_module))
 
     def _interval(self, trainer: Trainer) -> int:
@@ -148,7 +153,8 @@ class SnellMonitor(Callback):
             zeros = [count_zeros(updates) for updates in by_layer.values()]
             values = torch.cat([memory, torch.stack(zeros).to(memory.dtype)]) if zeros else memory
             sizes = [sum(d.in_features * d.out_features for d in updates) for updates in by_layer.values()]
-            self._pending = _Pending.start(self._logged_step, values, dict(zip(by_layer, sizes, strict=True)), rate)
+            # Lightning logs the values of its first step at 0.
+            self._pending = _Pending.start(self._logged_step - 1, values, dict(zip(by_layer, sizes, strict=True)), rate)
 
     def _flush(self, trainer: Trainer) -> None:
         """Log what has arrived on the host."""

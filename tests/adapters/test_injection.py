@@ -461,7 +461,10 @@ class TestStateDict:
         ("change", "message"),
         [
             (lambda state: state.pop("head.bias"), "the adapter lacks head.bias;"),
-            (lambda state: state.update(nonsense=torch.zeros(1)), "the model has no place for nonsense;"),
+            (
+                lambda state: state.update(nonsense=torch.zeros(1)),
+                "the model has no place for nonsense of the adapter;",
+            ),
             (
                 lambda state: state.update({"head.weight": torch.zeros(7, 48)}),
                 r"head.weight is \(7, 48\) in the adapter and \(5, 48\) in the model",
