@@ -309,3 +309,5 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    # Frozen batch norms stay in evaluation mode on purpose.
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")

@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_backbone_is_refused(refused: Refused) -> None:
 
 def test_a_checkpoint_of_another_rank_is_refused(refused: Refused) -> None:
     message = refused("fit", *QUICK, "--model.adapter.rank", "4", "--ckpt_path", CHECKPOINT, new=STARTED)
-    assert "(2, 144, 1) there and (2, 144, 2) here" in message
+    assert "is (2, 144, 1) in the checkpoint and (2, 144, 2) in the model" in message
 
 
 class Payload:
