@@ -3,9 +3,9 @@
     python -m benchmarks.embedded
 
 All three take `configs/vit.yaml`, so data, steps, batch size and schedule are the same. SNELL runs as the config
-stands, from pretrained and from random weights; the linear probe gets the best of four learning rates, chosen on the validation
-accuracy of one seed. Each runs with three seeds, the best epoch is taken on validation data, and the test images are
-looked at once. Writes `results/embedded.json` and prints a table.
+stands, from pretrained and from random weights; the linear probe gets the best of four learning rates, chosen on the
+validation accuracy of one seed. Each runs with three seeds, the best epoch is taken on validation data, and the test
+images are looked at once. Writes `results/embedded.json` and prints a table.
 """
 
 import argparse

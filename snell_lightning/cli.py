@@ -101,8 +101,7 @@ def make_cli(arguments: Sequence[str], run: bool = True) -> SnellCLI:
         run: False makes trainer, model and data without running them; `arguments` then starts with no command.
     """
     _quieten()
-    # LightningCLI warns of arguments given beside sys.argv; these replace it.
-    sys.argv[1:] = arrange_arguments(arguments)
+    # Processes that lightning starts run this process's own command line again, so `sys.argv` stays as it is.
     return SnellCLI(
         ImageClassifier,
         ImageDataModule,
@@ -120,6 +119,7 @@ def make_cli(arguments: Sequence[str], run: bool = True) -> SnellCLI:
         save_config_kwargs={"overwrite": False},
         auto_configure_optimizers=False,
         run=run,
+        args=arrange_arguments(arguments),
     )
 
 
@@ -309,5 +309,6 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     # Frozen batch norms stay in evaluation mode on purpose.
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
