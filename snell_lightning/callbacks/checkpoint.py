@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from snell_lightning.adapters import save_adapter
 from snell_lightning.module import ImageClassifier
@@ -20,6 +21,8 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     Checkpoints hold trained tensors, optimizer, schedule, loops and the state of every process's random generators, and
     no frozen weight. The adapter file stands in the run's folder and is all that is needed to use the result.
+
+    Of epochs that score the same the last one is kept: small validation sets are soon saturated.
 
     Args:
         monitor: Logged value that decides what is best; null takes the last epoch as the best.
@@ -78,6 +81,12 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._exported = self.best_model_path
             if trainer.is_global_zero and isinstance(pl_module, ImageClassifier):
                 self._export(trainer, pl_module)
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether this epoch is among the best. Where one is kept, that is the later of equals, which trained longer."""
+        if super().check_monitor_top_k(trainer, current):
+            return True
+        return self.save_top_k == 1 and current is not None and bool(current == self.best_model_score)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save `last.ckpt` if that has not been done; a trial run (`fast_dev_run`) leaves no file."""

@@ -43,7 +43,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("scores", "best"), [((0.2, 0.9, 0.5), 1), ((0.9, 0.2, 0.5), 0), ((0.1, 0.2, 0.3), 2)])
+@pytest.mark.parametrize(
+    ("scores", "best"), [((0.2, 0.9, 0.5), 1), ((0.9, 0.2, 0.5), 0), ((0.1, 0.2, 0.3), 2), ((0.9, 0.9, 0.5), 1)]
+)
 def test_the_adapter_is_that_of_the_best_epoch(
     scores: tuple[float, ...], best: int, tmp_path: Path, make_trainer: MakeTrainer
 ) -> None:
