@@ -83,7 +83,7 @@ class AdapterCheckpoint(ModelCheckpoint):
                 self._export(trainer, pl_module)
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Whether this epoch is among the best. Where one is kept, that is the later of equals, which trained longer."""
+        """Whether this epoch is among the best. Where one is kept, it is the later of equals, which trained longer."""
         if super().check_monitor_top_k(trainer, current):
             return True
         return self.save_top_k == 1 and current is not None and bool(current == self.best_model_score)
