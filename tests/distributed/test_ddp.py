@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Adam divides a gradient by its own size, so what rounding does to a tiny one grows to a share of the learning rate; the
-# paper's rate keeps that share below the tolerance.
+# Adam divides a gradient by its own size, so what rounding does to a tiny one grows to a share of the learning rate.
+# The paper's rate keeps that below the tolerance.
 COMMON = [
     "--config", "vit.yaml", "--trainer.accelerator", "cpu", "--data.augmentation", "none", "--trainer.max_steps", "5",
     "--model.optimizer.lr", "1e-3",
