@@ -92,6 +92,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Save `last.ckpt` if that has not been done; a trial run (`fast_dev_run`) leaves no file."""
         if not self._should_skip_saving_checkpoint(trainer):
             super().on_train_end(trainer, pl_module)
+        # A run that ends before its first validation has no best epoch, and is not to end without an adapter.
+        unselected = not self.best_model_path and trainer.global_step > 0
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if unselected and not trial and trainer.is_global_zero and isinstance(pl_module, ImageClassifier):
+            self._export(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the state of each process's random generators."""

@@ -78,8 +78,8 @@ class SnellMonitor(Callback):
         self._clock += time.perf_counter() - self._paused
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """At a logging step, start to count what autograd keeps."""
-        if (trainer.global_step + 1) % self._interval(trainer) == 0:
+        """At a logging step, and at the first, start to count what autograd keeps."""
+        if (trainer.global_step + 1) % self._interval(trainer) == 0 or not self._bytes["activations"]:
             self._saved = _SavedBytes(pl_module)
             self._saved.start()
 

@@ -63,6 +63,21 @@ def test_the_adapter_is_that_of_the_best_epoch(
         assert torch.equal(last["state_dict"][f"model.{name}"], tensor), name
 
 
+def test_a_run_that_ends_before_its_first_validation_leaves_its_last_adapter(
+    tmp_path: Path, make_trainer: MakeTrainer
+) -> None:
+    module = make_classifier()
+    save = AdapterCheckpoint(monitor="score")
+    trainer = make_trainer(
+        default_root_dir=tmp_path, max_epochs=2, max_steps=1, callbacks=[Scores(0.5), save], enable_checkpointing=True
+    )
+    trainer.fit(module, loader(3), loader(1))
+    tensors, metadata = read_adapter(tmp_path / "adapter.safetensors")
+    assert "score" not in metadata
+    for name, tensor in adapter_state_dict(module.model).items():
+        assert torch.equal(tensors[name], tensor), name
+
+
 def test_as_many_of_the_best_are_kept_as_asked_for(tmp_path: Path, make_trainer: MakeTrainer) -> None:
     fit(make_trainer, tmp_path, 0.2, 0.9, 0.5, save_top_k=2)
     assert set(files(tmp_path / "checkpoints")) == {"epoch=1.ckpt", "epoch=2.ckpt", "last.ckpt"}
