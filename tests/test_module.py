@@ -1,7 +1,6 @@
 """The LightningModule without the command line: schedule, parameter groups, mixing, metrics, frozen statistics."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +18,6 @@ from snell_lightning.callbacks import AdapterCheckpoint
 from snell_lightning.module import warmup_cosine
 
 SMALL = SnellConfig(rank=2, targets=[r"attn\.qkv"])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(**arguments: Any) -> ImageClassifier:

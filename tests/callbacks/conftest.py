@@ -1,6 +1,6 @@
 """A classifier small enough to train in a test, and runs of it without the command line."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,6 @@ def loader(batches: int, size: int = 2) -> DataLoader:
 
 
 MakeTrainer = Callable[..., Trainer]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
