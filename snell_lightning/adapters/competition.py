@@ -18,45 +18,100 @@ the first step nearly the pretrained model: entries of 1e-3 become updates of 1e
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 SPARSIFIERS = ("magnitude", "soft", "hard", "none")
+
+# Entries that are worked on at once: what fits the processor's cache, or keeps an accelerator busy.
+_TILE_ON_CPU, _TILE_ON_ACCELERATOR = 2**19, 2**22
+# Entries that are sampled to find the threshold's neighbourhood, and how many standard deviations that reaches.
+_SAMPLE, _DEVIATIONS = 2**14, 4.0
+
+
+def tiles(matrix: Tensor) -> Iterator[slice]:
+    """Slices of rows, of a size to work on at once."""
+    entries = _TILE_ON_CPU if matrix.device.type == "cpu" else _TILE_ON_ACCELERATOR
+    rows = max(1, entries // max(1, matrix.shape[-1]))
+    for start in range(0, len(matrix), rows):
+        yield slice(start, min(start + rows, len(matrix)))
 
 
 def threshold(matrix: Tensor, sparsity: float) -> Tensor:
     """The k-th smallest absolute value of `matrix`, exact for any size, as a tensor of no dimensions on its device.
 
+    On the CPU a sample tells between which two values it lies, and only what lies there is sorted out; where the sample
+    misleads, all entries are. On an accelerator the host never waits.
+
     Args:
         matrix: Any shape, floating point.
         sparsity: Fraction of the entries to drop, in [0, 1).
     """
-    rank = math.floor(sparsity * (matrix.numel() - 1)) + 1
-    return matrix.abs().flatten().kthvalue(rank).values
+    count = matrix.numel()
+    rank = math.floor(sparsity * (count - 1)) + 1
+    if isinstance(matrix, FakeTensor):
+        return matrix.new_empty(())
+    if matrix.device.type == "cuda":
+        # CUDA's selection of many values uses the whole device, its k-th value a single multiprocessor.
+        kept = count - rank + 1
+        largest = kept <= rank
+        values = matrix.abs().flatten().topk(kept if largest else rank, largest=largest, sorted=False).values
+        return values.amin() if largest else values.amax()
+    found = _by_sample(matrix, rank) if matrix.device.type == "cpu" and count > 8 * _SAMPLE else None
+    return matrix.abs().flatten().kthvalue(rank).values if found is None else found
 
 
-def survivors(matrix: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
-    """The sparse update: the value of each surviving entry, zero elsewhere. Same shape as `matrix`."""
-    magnitude = matrix.abs()
-    lost = magnitude <= tau
+def shrink(matrix: Tensor, tau: Tensor) -> Tensor:
+    """The entries above the threshold by absolute value, zero elsewhere. Same shape as `matrix`."""
+    if matrix.device.type == "cpu" and not isinstance(tau, FakeTensor):
+        return F.hardshrink(matrix, tau.item())
+    return torch.where(matrix.abs() > tau, matrix, 0.0)
+
+
+def survivor_values(winners: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
+    """The update's entries for `winners`, from `shrink`, which may be overwritten."""
     if sparsifier == "magnitude":
-        values = matrix * magnitude
-    elif sparsifier == "soft":
-        values = matrix * (magnitude - tau)
-    else:
-        values = matrix.clone()
-    return values.masked_fill_(lost, 0.0)
+        return winners.mul_(winners.abs())
+    if sparsifier == "soft":
+        return winners.mul_(winners.abs() - tau)
+    return winners
 
 
-def survivor_slopes(matrix: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
-    """What the gradient of the update is multiplied with to become the gradient of `matrix`. Same shape."""
-    magnitude = matrix.abs()
-    lost = magnitude <= tau
+def survivor_slopes(winners: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
+    """What the update's gradient is multiplied with to become the matrix's, for `winners`, from `shrink`."""
     if sparsifier == "magnitude":
-        slopes = magnitude
-    elif sparsifier == "soft":
-        slopes = 2 * magnitude - tau
-    else:
-        slopes = torch.ones_like(matrix)
-    return slopes.masked_fill_(lost, 0.0)
+        return winners.abs()
+    alive = winners.sign().abs_()
+    if sparsifier == "soft":
+        return (2 * winners.abs()).sub_(tau * alive)
+    return alive
+
+
+def _by_sample(matrix: Tensor, rank: int) -> Tensor | None:
+    """The value of that rank, or None where it is not between the two values that a sample gives."""
+    entries = matrix.flatten()
+    step = len(entries) // _SAMPLE
+    while math.gcd(step, matrix.shape[-1]) > 1:  # else the sample would see some columns only
+        step += 1
+    sample = entries[::step].abs()
+    middle = rank / len(entries) * len(sample)
+    spread = _DEVIATIONS * math.sqrt(middle * max(0.0, 1 - middle / len(sample))) + 2
+    first, last = math.floor(middle - spread), math.ceil(middle + spread)
+    low = sample.kthvalue(first).values.item() if first >= 1 else -math.inf
+    high = sample.kthvalue(last).values.item() if last <= len(sample) else math.inf
+    below, between = 0, []
+    for chunk in entries.split(_TILE_ON_CPU):
+        magnitudes = chunk.abs()
+        lower = magnitudes < low
+        below += int(lower.count_nonzero())
+        inside = (magnitudes <= high).logical_xor_(lower)
+        # numpy finds the set entries of a mask several times as fast.
+        between.append(magnitudes[torch.from_numpy(inside.numpy().nonzero()[0])])
+    candidates = torch.cat(between)
+    if not below < rank <= below + len(candidates):
+        return None
+    return candidates.kthvalue(rank - below).values

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from snell_lightning.adapters.competition import SPARSIFIERS
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.kernels import KERNELS
+from snell_lightning.adapters.recompute import RECOMPUTE
 
 
 @dataclass
@@ -28,6 +29,8 @@ class SnellConfig:
         scale: Size of the distance kernel's coefficients.
         dropout: Probability of dropping an entry of the update's input, in [0, 1).
         drop_path: Probability of dropping the whole update for a sample, in [0, 1).
+        recompute: What is made again in backward instead of being kept, exactly: `none`; `inputs` of the adapted layers,
+            from what the normalisation or activation before them keeps anyway; or `blocks`, whole blocks besides.
         targets: Patterns of the layers to adapt; by default every linear layer and 1x1 convolution in the blocks.
         exclude: Patterns of layers to leave alone.
         rank_pattern: Rank by pattern, for layers that differ from `rank`.
@@ -48,6 +51,7 @@ class SnellConfig:
     scale: float = 0.1
     dropout: float = 0.0
     drop_path: float = 0.0
+    recompute: str = "inputs"
     targets: list[str] | None = None
     exclude: list[str] = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -58,6 +62,7 @@ class SnellConfig:
     def __post_init__(self) -> None:
         _check_choice("kernel", self.kernel, KERNELS)
         _check_choice("sparsifier", self.sparsifier, SPARSIFIERS)
+        _check_choice("recompute", self.recompute, RECOMPUTE)
         if self.pieces < 1:
             raise UserError(f"pieces must be at least 1, not {self.pieces}")
         if not (math.isfinite(self.scale) and self.scale > 0):

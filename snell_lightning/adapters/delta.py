@@ -6,14 +6,18 @@
         dW = S(K(P, Q)) │     kernel and competition, in fp32, made anew whenever needed
                 P, Q ───┘     the only trainable tensors
 
-Kept for backward are x, P, Q and one threshold per update: neither K, nor its mask, nor dW, nor a noise mask (a seed
-rebuilds those). Where there is no noise and products are exact fp32, `x (W + dW)^T` is one product. Otherwise there are
-two, because adding an update of 1e-5 to a bf16 weight of 0.03 (spacing 1e-4) would lose it. Of that, only the input's
-gradient in backward uses the sum: what is lost there is within the rounding of the low precision itself.
+Kept for backward are x (or what x can be made from again, see `recompute.py`), P, Q and one threshold per update:
+neither K, nor its mask, nor dW, nor a noise mask (a seed rebuilds those). Forward and backward each hold one matrix of
+the weight's size, the buffer in which K becomes W + dW, or in which the gradient of dW becomes W + dW; everything else
+is made in tiles.
+
+Where products are exact fp32 and no entry is dropped, `x (W + dW)^T` is one product. Otherwise there are two, because
+adding an update of 1e-5 to a bf16 weight of 0.03 (spacing 1e-4) would lose it. Of that, only the input's gradient in
+backward uses the sum: what is lost there is within the rounding of the low precision itself.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from snell_lightning.adapters.competition import survivor_slopes, survivors, threshold
+from snell_lightning.adapters.competition import shrink, survivor_slopes, survivor_values, threshold, tiles
 from snell_lightning.adapters.config import SnellConfig, check_fraction
 from snell_lightning.adapters.kernels import Kernel, full_precision, kernel_dtype, make_kernel
+from snell_lightning.adapters.recompute import Recipe
 
 # A low-precision copy of dW is brought to this size first where the type's range is short (fp16).
 _FP16_UPDATE_PEAK = 2.0**-4
@@ -43,26 +48,78 @@ class UpdateRule:
         """Whether every entry takes part: no sparsifier, or nothing to drop."""
         return self.sparsifier == "none" or self.sparsity == 0
 
-    def update(self, out_factors: Tensor, in_factors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The update `(out, in)` and its threshold, `None` where the update is dense."""
-        matrix, _ = self.kernel.evaluate(out_factors, in_factors)
-        if self.dense:
-            return matrix, None
-        tau = threshold(matrix, self.sparsity)
-        return survivors(matrix, tau, self.sparsifier), tau
+    def write(
+        self, out_factors: Tensor, in_factors: Tensor, buffer: Tensor, base: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor | None:
+        """Write `base + scale * update` to `buffer`.
+
+        Args:
+            out_factors: P.
+            in_factors: Q.
+            buffer: `(out, in)`, in the kernel's precision.
+            base: `(out, in)` of any type; zero by default.
+            scale: What the update is multiplied with.
+
+        Returns:
+            The threshold; None where the update is dense.
+        """
+        prepared = self.kernel.prepare(out_factors, in_factors)
+        for rows in tiles(buffer):
+            self.kernel.evaluate(prepared, rows, buffer[rows])
+        tau = None if self.dense else threshold(buffer, self.sparsity)
+        if tau is not None or base is not None or scale != 1:
+            for rows in tiles(buffer):
+                tile = buffer[rows]
+                values = tile if tau is None else survivor_values(shrink(tile, tau), tau, self.sparsifier)
+                _put(tile, values, None if base is None else base[rows], scale)
+        return tau
 
     def backward(
-        self, out_factors: Tensor, in_factors: Tensor, tau: Tensor | None, grad: Tensor, need_update: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of the factors from `grad (out, in)`, the update's gradient, and the update again if asked for."""
-        matrix, parts = self.kernel.evaluate(out_factors, in_factors)
-        if tau is None:
-            update: Tensor | None = matrix
-        else:
-            update = survivors(matrix, tau, self.sparsifier) if need_update else None
-            grad = survivor_slopes(matrix, tau, self.sparsifier).mul_(grad)
-        grad_out, grad_in = self.kernel.gradients(out_factors, in_factors, parts, grad)
-        return grad_out, grad_in, update if need_update else None
+        self,
+        out_factors: Tensor,
+        in_factors: Tensor,
+        tau: Tensor | None,
+        grad: Tensor,
+        base: Tensor | None = None,
+        scale: float = 1.0,
+        rewrite: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of both factors from the gradient of what `write` wrote; that is put in the gradient's place.
+
+        Args:
+            out_factors: P.
+            in_factors: Q.
+            tau: The threshold.
+            grad: `(out, in)` in the products' type; overwritten with `base + scale * update` if `rewrite` is true.
+            base: As in `write`.
+            scale: As in `write`.
+            rewrite: Whether the update is wanted.
+        """
+        prepared = self.kernel.prepare(out_factors, in_factors)
+        grads = torch.zeros_like(out_factors), torch.zeros_like(in_factors)
+        buffer = out_factors.new_empty(0)
+        for rows in tiles(grad):
+            tile = buffer.resize_(grad[rows].shape)
+            parts = self.kernel.evaluate(prepared, rows, tile)
+            values = tile if tau is None else shrink(tile, tau)
+            tile_grad = grad[rows].to(tile.dtype)
+            if tau is not None:
+                tile_grad = survivor_slopes(values, tau, self.sparsifier).mul_(tile_grad)
+            self.kernel.gradients(prepared, rows, tile, parts, tile_grad, grads)
+            if rewrite:
+                values = values if tau is None else survivor_values(values, tau, self.sparsifier)
+                _put(grad[rows], values, None if base is None else base[rows], scale)
+        return grads[0].mul_(scale), grads[1].mul_(scale)
+
+
+def _put(target: Tensor, values: Tensor, base: Tensor | None, scale: float) -> None:
+    """Write `base + scale * values` to `target`, rounded once; `values` may be overwritten."""
+    if base is None:
+        target.copy_(values if scale == 1 else values.mul_(scale))
+    elif target.dtype == values.dtype == base.dtype:
+        torch.add(base, values, alpha=scale, out=target)
+    else:
+        target.copy_(torch.add(base, values, alpha=scale))
 
 
 class SnellDelta(nn.Module):
@@ -142,7 +199,7 @@ class Noise:
     """Regularisation of an update during training: nothing but probabilities and a seed is stored.
 
     Attributes:
-        dropout: Probability of dropping an entry of the update's input.
+        dropout: Probability of dropping an entry of the update's input; kept to 1/65536.
         drop_path: Probability of dropping a sample's whole update.
         seed: Rebuilds both masks in backward.
     """
@@ -158,42 +215,152 @@ class Noise:
             return None
         return cls(dropout, drop_path, int(torch.randint(2**63 - 1, ()).item()))
 
-    def masks(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Masks of mean 1 for `x`, seen as `rows` vectors: entries `(rows, in)`, samples `(rows, 1)`."""
-        generator = torch.Generator(x.device).manual_seed(self.seed)
-        entries = samples = None
-        rows = x.numel() // x.shape[-1]
-        if self.drop_path:
-            count = len(x) if x.dim() > 1 else 1
-            kept = _keep_mask(x.new_empty(count, 1), self.drop_path, generator)
-            samples = kept.repeat_interleave(rows // max(count, 1), dim=0)
-        if self.dropout:
-            entries = _keep_mask(x.new_empty(rows, x.shape[-1]), self.dropout, generator)
-        return entries, samples
+    @property
+    def _cut(self) -> int:
+        """How many of the 65536 values of 16 random bits drop an entry."""
+        return min(round(self.dropout * 2**16), 2**16 - 1)
+
+    @property
+    def scale(self) -> float:
+        """What the update is multiplied with, so that its mean stays."""
+        return 1 / ((1 - self._cut / 2**16) * (1 - self.drop_path))
+
+    def dropped_entries(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
+        """A mask `(rows, columns)`, true where the update's input is dropped; None without dropout."""
+        if not self._cut:
+            return None
+        generator = torch.Generator(device).manual_seed(self.seed)
+        # One 64-bit draw makes four entries: drawing is what a mask costs.
+        draws = torch.empty((rows * columns + 3) // 4, dtype=torch.int64, device=device)
+        bits = draws.random_(-(2**63), 2**63 - 1, generator=generator).view(torch.int16)
+        return (bits[: rows * columns] < self._cut - 2**15).view(rows, columns)
+
+    def row_ranges(self, rows: int, samples: int) -> tuple[list[slice], list[slice]]:
+        """Rows of kept samples and of dropped ones, of `rows` that belong to `samples` in turn; known to the host."""
+        if not self.drop_path or not samples:
+            return [slice(0, rows)], []
+        generator = torch.Generator().manual_seed(self.seed)
+        kept = (torch.rand(samples, generator=generator) >= self.drop_path).tolist()
+        ranges: tuple[list[slice], list[slice]] = [], []
+        each, start = rows // samples, 0
+        for sample in range(1, samples + 1):
+            if sample == samples or kept[sample] != kept[start]:
+                ranges[0 if kept[start] else 1].append(slice(start * each, sample * each))
+                start = sample
+        return ranges
 
 
-def _keep_mask(empty: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    return empty.bernoulli_(1 - probability, generator=generator).div_(1 - probability)
+@dataclass(frozen=True)
+class _Plan:
+    """What the forward of a tuned layer decides and its backward follows; no tensors.
+
+    Attributes:
+        rules: How each update is made.
+        noise: Dropout and drop path, or None.
+        samples: Number of samples that the rows belong to.
+        recipe: How x is made from what is kept of it.
+    """
+
+    rules: list[UpdateRule]
+    noise: Noise | None
+    samples: int
+    recipe: Recipe
+
+    @property
+    def scale(self) -> float:
+        """What the updates are multiplied with."""
+        return self.noise.scale if self.noise else 1.0
+
+    def updates(
+        self, factors: Sequence[Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[UpdateRule, Tensor, Tensor, slice]]:
+        """Each update's rule, P and Q in the kernel's precision, and its rows of the weight."""
+        start = 0
+        for rule, out_factors, in_factors in zip(self.rules, factors[::2], factors[1::2], strict=True):
+            rows = slice(start, start + out_factors.shape[1])
+            start = rows.stop
+            yield rule, out_factors.to(dtype), in_factors.to(dtype), rows
+
+    def row_ranges(self, rows: int) -> tuple[list[slice], list[slice]]:
+        """Rows of kept samples, and of dropped ones."""
+        return self.noise.row_ranges(rows, self.samples) if self.noise else ([slice(0, rows)], [])
+
+    def dropped_entries(self, x: Tensor) -> Tensor | None:
+        """Where the updates' input `x (rows, in)` is dropped; None without dropout."""
+        return self.noise.dropped_entries(*x.shape, x.device) if self.noise else None
 
 
 def tuned_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[SnellDelta], noise: Noise | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: Sequence[SnellDelta],
+    noise: Noise | None = None,
+    kept: Tensor | None = None,
+    recipe: Recipe | None = None,
 ) -> Tensor:
     """`x (W + dW)^T + b`, where the rows of dW are those of `deltas`, one below the other.
 
     Args:
         x: `(batch, ..., in)`, in the type to compute in.
-        weight: Frozen `(out, in)`.
+        weight: Frozen `(out, in)`, in the type of x or a lower one.
         bias: Frozen `(out,)` or None.
         deltas: Updates of equal width whose heights sum to `out`.
         noise: Dropout and drop path of the update, or None.
+        kept: What is kept for backward; by default x.
+        recipe: How x is made from that, if it is not x; both come from `layer_input`.
 
     Returns:
-        `(batch, ..., out)` in the type of `x`.
+        `(batch, ..., out)` in the type of x.
     """
     factors = [factor for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
-    y = _TunedLinear.apply(x, weight, bias, [delta.rule for delta in deltas], noise, *factors)
+    samples = len(x) if x.dim() > 1 else 1
+    plan = _Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype))
+    y = _TunedLinear.apply(x, x.detach() if kept is None else kept, weight, bias, plan, *factors)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def one_product_is_exact(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product with `W + dW` keeps the update: only where products round no more than fp32 does."""
+    if weight.dtype.itemsize > x.dtype.itemsize:
+        return False
+    return x.dtype == torch.float64 or (x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
+
+
+def two_products(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    entries: Tensor | None = None,
+    kept: Sequence[slice] = (slice(None),),
+    dropped: Sequence[slice] = (),
+) -> Tensor:
+    """`x dW^T + x W^T + b`, in the type of x, where the update's product leaves out dropped entries and samples.
+
+    The update comes first, so that the sum is rounded once: added to a product that is rounded already, an update below
+    half the spacing would always be lost; this way it survives on average.
+
+    Args:
+        x: `(rows, in)`.
+        update: `(out, in)` in fp32, or in the type of x if that is bf16.
+        weight: `(out, in)`.
+        bias: `(out,)` or None.
+        entries: Mask of the entries of x that the update does not see, or None.
+        kept: Ranges of rows that the update sees.
+        dropped: The other rows.
+    """
+    noisy_x = x if entries is None else x.masked_fill(entries, 0.0)
+    update, factor = _representable(update, x.dtype)
+    y = x.new_empty(len(x), len(update))
+    for rows in kept:
+        torch.mm(noisy_x[rows], update.T, out=y[rows])
+    for rows in dropped:
+        y[rows] = 0.0
+    if factor is not None:
+        y = y.to(factor.dtype).div_(factor).to(y.dtype)
+    y.addmm_(x, weight.to(x.dtype).T)
+    return y if bias is None else y.add_(bias.to(x.dtype))
 
 
 class _Update(torch.autograd.Function):
@@ -203,7 +370,8 @@ class _Update(torch.autograd.Function):
     def forward(ctx: Any, out_factors: Tensor, in_factors: Tensor, rule: UpdateRule) -> Tensor:
         dtype = kernel_dtype(out_factors, in_factors)
         with full_precision(out_factors.device.type):
-            update, tau = rule.update(out_factors.to(dtype), in_factors.to(dtype))
+            update = out_factors.new_empty(out_factors.shape[1], in_factors.shape[1], dtype=dtype)
+            tau = rule.write(out_factors.to(dtype), in_factors.to(dtype), update)
         ctx.rule = rule
         ctx.save_for_backward(out_factors, in_factors, tau)
         return update
@@ -212,128 +380,117 @@ class _Update(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         out_factors, in_factors, tau = ctx.saved_tensors
-        grad_out, grad_in, _ = _factor_gradients(ctx.rule, out_factors, in_factors, tau, grad, need_update=False)
-        return grad_out, grad_in, None
+        dtype = kernel_dtype(out_factors, in_factors)
+        with full_precision(grad.device.type):
+            grads = ctx.rule.backward(out_factors.to(dtype), in_factors.to(dtype), tau, grad, rewrite=False)
+        return grads[0].to(out_factors.dtype), grads[1].to(in_factors.dtype), None
 
 
 class _TunedLinear(torch.autograd.Function):
-    """The tuned product. Inputs: x, weight, bias, rules, noise, then out and in factors of each update in turn.
+    """The tuned product. Inputs: x, what is kept of it, weight, bias, plan, then P and Q of each update in turn.
 
-    The output is `(rows, out)` whatever the leading dimensions of `x` are: a view made in here could not be modified in
+    The output is `(rows, out)` whatever the leading dimensions of x are: a view made in here could not be modified in
     place by what follows, as activation functions do.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rules: list[UpdateRule],
-        noise: Noise | None,
-        *factors: Tensor,
+        ctx: Any, x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *factors: Tensor
     ) -> Tensor:
-        updates, taus = [], []
+        tall_x = x.reshape(-1, x.shape[-1])
+        kept_rows, dropped_rows = plan.row_ranges(len(tall_x))
+        entries = plan.dropped_entries(tall_x)
+        one_product = entries is None and one_product_is_exact(x, weight)
+
+        taus = []
+        dtype = kernel_dtype(*factors, x)
+        buffer = x.new_empty(weight.shape, dtype=dtype)
         with full_precision(x.device.type):
-            for rule, out_factors, in_factors in zip(rules, factors[::2], factors[1::2], strict=True):
-                dtype = kernel_dtype(out_factors, in_factors)
-                update, tau = rule.update(out_factors.to(dtype), in_factors.to(dtype))
-                updates.append(update)
-                taus.append(tau)
+            for rule, p, q, rows in plan.updates(factors, dtype):
+                base = weight[rows] if one_product else None
+                taus.append(rule.write(p, q, buffer[rows], base, plan.scale))
         with torch.autocast(x.device.type, enabled=False):
-            update = updates[0] if len(updates) == 1 else torch.cat(updates)
-            bias = None if bias is None else bias.to(x.dtype)
-            tall_x = x.reshape(-1, x.shape[-1])
-            if noise is None and _merged_is_exact(x, weight):
-                y = F.linear(tall_x, update.add_(weight) if update.dtype == weight.dtype else weight + update, bias)
+            if one_product:
+                bias = None if bias is None else bias.to(x.dtype)
+                y = F.linear(tall_x, buffer, bias)
+                for rows in dropped_rows:
+                    y[rows] = F.linear(tall_x[rows], weight.to(x.dtype), bias)
             else:
-                entries, samples = noise.masks(x) if noise else (None, None)
-                y = _low_precision_linear(tall_x if entries is None else tall_x * entries, update)
-                if samples is not None:
-                    y *= samples
-                # The update comes first, so that the sum is rounded once: added to a product that is rounded already,
-                # an update below half the spacing would always be lost; this way it survives on average.
-                y.addmm_(tall_x, weight.to(x.dtype).T)
-                if bias is not None:
-                    y += bias
-        ctx.rules, ctx.noise = rules, noise
-        ctx.save_for_backward(x, weight, *factors, *taus)
+                y = two_products(tall_x, buffer, weight, bias, entries, kept_rows, dropped_rows)
+        ctx.plan = plan
+        ctx.save_for_backward(kept, weight, *factors, *taus)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.rules)
-        x, weight, *rest = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        count = len(plan.rules)
+        kept, weight, *rest = ctx.saved_tensors
         factors, taus = rest[: 2 * count], rest[2 * count :]
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        noise: Noise | None = ctx.noise
+        need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
 
+        x = plan.recipe.rebuild(kept)
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        kept_rows, dropped_rows = plan.row_ranges(len(x))
+        grad_weight = grad_bias = None
         with torch.autocast(x.device.type, enabled=False):
-            entries, samples = noise.masks(x) if noise else (None, None)
-            tall_x = x.reshape(-1, x.shape[-1])
-            noisy_x = tall_x if entries is None else tall_x * entries
-            noisy_grad = grad_y if samples is None else grad_y * samples
-
-            grads: list[Tensor | None] = []
-            updates: list[Tensor] = []
-            row = 0
-            for rule, out_factors, in_factors, tau in zip(ctx.rules, factors[::2], factors[1::2], taus, strict=True):
-                rows = out_factors.shape[1]
-                grad_update = noisy_grad[:, row : row + rows].T @ noisy_x
-                row += rows
-                grad_out, grad_in, update = _factor_gradients(
-                    rule, out_factors, in_factors, tau, grad_update, need_update=need_x
-                )
-                grads += [grad_out, grad_in]
-                if update is not None:
-                    updates.append(update)
-
-            grad_x = grad_weight = grad_bias = None
-            if need_x:
-                update = updates[0] if len(updates) == 1 else torch.cat(updates)
-                if noise is None:
-                    grad_x = grad_y @ (weight + update).to(grad_y.dtype)
-                else:
-                    grad_x = grad_y @ weight.to(grad_y.dtype)
-                    extra = _low_precision_linear(noisy_grad, update.T)
-                    grad_x += extra if entries is None else extra * entries
-                grad_x = grad_x.view(x.shape)
             if need_weight:
-                grad_weight = (grad_y.T @ tall_x).to(weight.dtype)
+                grad_weight = (grad_y.T @ x).to(weight.dtype)
             if need_bias:
                 grad_bias = grad_y.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None, *grads
+            entries = plan.dropped_entries(x)
+            x = x if entries is None else x.masked_fill(entries, 0.0)
+            buffer = _product_over(kept_rows, grad_y, x)
+            dtype = kernel_dtype(*factors, x)
+            del x
+            if buffer.dtype == torch.float16:
+                # An update may be too small for this type; what is written over the gradient is.
+                buffer = buffer.to(dtype)
+
+        # The gradient of the update becomes what x is multiplied with, in the same place.
+        grads: list[Tensor | None] = []
+        with full_precision(grad_y.device.type):
+            for (rule, p, q, rows), tau in zip(plan.updates(factors, dtype), taus, strict=True):
+                base = weight[rows] if entries is None else None
+                of_factors = rule.backward(p, q, tau, buffer[rows], base, plan.scale, rewrite=need_x)
+                grads += [grad.to(factors[0].dtype) for grad in of_factors]
+
+        grad_x = None
+        if need_x:
+            with torch.autocast(grad_y.device.type, enabled=False):
+                if entries is None:
+                    grad_x = grad_y @ buffer.to(grad_y.dtype)
+                    for rows in dropped_rows:
+                        grad_x[rows] = grad_y[rows] @ weight.to(grad_y.dtype)
+                else:
+                    update, factor = _representable(buffer, grad_y.dtype)
+                    grad_x = grad_y.new_empty(len(grad_y), weight.shape[1])
+                    for rows in kept_rows:
+                        torch.mm(grad_y[rows], update, out=grad_x[rows])
+                    for rows in dropped_rows:
+                        grad_x[rows] = 0.0
+                    if factor is not None:
+                        grad_x = grad_x.to(factor.dtype).div_(factor).to(grad_x.dtype)
+                    grad_x.masked_fill_(entries, 0.0).addmm_(grad_y, weight.to(grad_y.dtype))
+                grad_x = grad_x.view(shape)
+        return grad_x, None, grad_weight, grad_bias, None, *grads
 
 
-def _factor_gradients(
-    rule: UpdateRule,
-    out_factors: Tensor,
-    in_factors: Tensor,
-    tau: Tensor | None,
-    grad: Tensor,
-    need_update: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`UpdateRule.backward` in the kernel's precision, with the gradients in the factors' own type."""
-    dtype = kernel_dtype(out_factors, in_factors)
-    with full_precision(out_factors.device.type):
-        grad_out, grad_in, update = rule.backward(
-            out_factors.to(dtype), in_factors.to(dtype), tau, grad.to(dtype), need_update
-        )
-    return grad_out.to(out_factors.dtype), grad_in.to(in_factors.dtype), update
+def _product_over(ranges: Sequence[slice], grad_y: Tensor, x: Tensor) -> Tensor:
+    """`grad_y^T x (out, in)` over these ranges of rows."""
+    if not ranges:
+        return grad_y.new_zeros(grad_y.shape[1], x.shape[1])
+    product = grad_y[ranges[0]].T @ x[ranges[0]]
+    for rows in ranges[1:]:
+        product.addmm_(grad_y[rows].T, x[rows])
+    return product
 
 
-def _merged_is_exact(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product with `W + dW` keeps the update: only where products round no more than fp32 does."""
-    if x.dtype == weight.dtype == torch.float64:
-        return True
-    return x.dtype == weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-
-
-def _low_precision_linear(x: Tensor, update: Tensor) -> Tensor:
-    """`x update^T` in the type of `x`. The update is scaled by a power of two where its entries would underflow."""
-    if x.dtype != torch.float16:
-        return F.linear(x, update.to(x.dtype))
+def _representable(update: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """An update in a type; in fp16 multiplied with a power of two, returned too, or its entries would underflow."""
+    if dtype != torch.float16:
+        return update.to(dtype), None
     peak = update.abs().amax().clamp(min=torch.finfo(update.dtype).tiny)
     factor = torch.exp2(torch.floor(torch.log2(_FP16_UPDATE_PEAK / peak)))
-    return F.linear(x, (update * factor).to(x.dtype)).to(update.dtype).div_(factor).to(x.dtype)
+    return (update * factor).to(dtype), factor

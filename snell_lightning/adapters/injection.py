@@ -17,6 +17,7 @@ from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.delta import SnellDelta
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.linear import SnellLinear, why_not_adaptable
+from snell_lightning.adapters.recompute import keep_everything, rebuild_inputs, recompute_blocks
 
 # Parts of a backbone that hold linear layers or 1x1 convolutions and lie outside its blocks, and small networks inside
 # a block that make a position bias rather than transform tokens.
@@ -85,6 +86,10 @@ def inject(model: nn.Module, config: SnellConfig) -> list[str]:
                 if child_name == "qkv" and getattr(parent, _CALLS_QKV, None) is False:
                     setattr(parent, _CALLS_QKV, True)
                     adapted[id(child)].restore_on_merge = {_CALLS_QKV: False}
+    if config.recompute != "none":
+        rebuild_inputs(model)
+    if config.recompute == "blocks":
+        recompute_blocks(model, targets)
     return list(targets)
 
 
@@ -99,6 +104,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, SnellLinear):
         return model.merged()
+    keep_everything(model)
     plain = {id(module): module.merged() for module in model.modules() if isinstance(module, SnellLinear)}
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
@@ -109,6 +115,21 @@ def merge(model: nn.Module) -> nn.Module:
     if plain and any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in model.parameters()):
         model.float()
     return model
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the frozen weights of the adapted layers in another type, in place; what is trained stays in fp32.
+
+    Frozen weights are rounded for good. Layers still compute in their input's type, or in autocast's.
+
+    Args:
+        model: A model that `inject` adapted.
+        dtype: Such as `torch.bfloat16`, which halves the weights' memory.
+    """
+    for module in model.modules():
+        if isinstance(module, SnellLinear):
+            # The plain layer that the module keeps for merging has the same parameter.
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,38 +6,67 @@
 
 For example rank 4 in 2 pieces on a layer of 3 inputs and 5 outputs: Q is (2, 3, 2), P is (2, 5, 2), K is (5, 3).
 
-A kernel computes `K` together with the parts that its gradient needs (`evaluate`), and turns the gradient of a loss
-with respect to `K` into gradients of the factors (`gradients`). Nothing is recorded by autograd: the caller decides
-what lives until backward, which is the factors alone. Callers run both under `full_precision`.
+A kernel is evaluated a tile of rows at a time, so that what it needs on the way stays in the processor's cache: of the
+weight's size there is only the buffer that the caller gives. `gradients` turns the gradient of a tile into gradients of
+the factors, in closed form; autograd records nothing. Callers run all of it under `full_precision`.
 
 Source: SNELL (arXiv 2411.01800), section 3; the coefficients are those of its released code.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+# Distances in fewer columns than this are taken from differences: the expansion's error at small distances is large
+# there, and such distances are frequent.
+_FEW_COLUMNS = 8
+
 
 class Kernel(Protocol):
-    """A function of two factor tensors whose value is a matrix."""
+    """A function of two factor tensors whose value is a matrix, made in tiles of rows."""
 
-    def evaluate(self, out_factors: Tensor, in_factors: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The matrix `(out, in)`, and the parts that `gradients` needs."""
+    def prepare(self, out_factors: Tensor, in_factors: Tensor) -> Any:
+        """What all tiles have in common, of the factors' size."""
+
+    def evaluate(self, prepared: Any, rows: slice, out: Tensor) -> list[Tensor]:
+        """Write rows of the matrix to `out (rows, in)`; returns what `gradients` wants to know of these rows."""
 
     def gradients(
-        self, out_factors: Tensor, in_factors: Tensor, parts: list[Tensor], grad: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of `out_factors` and `in_factors`, given `grad (out, in)`, the gradient of the matrix."""
+        self, prepared: Any, rows: slice, tile: Tensor, parts: list[Tensor], grad: Tensor, grads: tuple[Tensor, Tensor]
+    ) -> None:
+        """Add one tile's share to `grads`, which start at zero and end in `finish`.
+
+        Args:
+            prepared: From `prepare`.
+            rows: Which rows of the matrix.
+            tile: Those rows `(rows, in)`, from `evaluate`.
+            parts: From `evaluate`; may be overwritten.
+            grad: Gradient of the rows `(rows, in)`.
+            grads: Gradients of `out_factors` and `in_factors`, in the factors' shapes.
+        """
+
+
+@dataclass(frozen=True)
+class _Centred:
+    """Factors around their common centre, and as the two sides of one product that gives squared distances."""
+
+    left: Tensor
+    right: Tensor
+    out_factors: Tensor
+    in_factors: Tensor
 
 
 class DistanceKernel:
     """Piecewise linear distance: `K[o, i] = sum_h c_h |P[h, o] - Q[h, i]|` with `c = scale * (+1, -1, +1, ...)`.
 
-    The distances are computed from differences, not from `|p|^2 + |q|^2 - 2 p.q`: `K` is itself a difference of nearly
-    equal distances, and that expansion would cost it most of its digits.
+    Squared distances come from one product, `[-2p, |p|^2, 1] . [q, 1, |q|^2]`. `K` is a difference of nearly equal
+    distances, so the product must not lose what they have in common: factors are centred first (a distance does not
+    change), and the product is a true fp32 one. Against distances from differences in fp64, K is then right to about
+    1e-6 of its size. Where there are too few columns for that, differences are used.
 
     Args:
         pieces: How many distances are summed with alternating sign, at least 1.
@@ -45,44 +74,86 @@ class DistanceKernel:
     """
 
     def __init__(self, pieces: int, scale: float) -> None:
-        self.coefficients = [scale * (-1) ** piece for piece in range(pieces)]
+        self.scale = scale
+        self.signs = [(-1) ** piece for piece in range(pieces)]
 
-    def evaluate(self, out_factors: Tensor, in_factors: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`K (out, in)` and the distances `(out, in)` of each piece."""
-        distances = [
-            torch.cdist(p, q, compute_mode="donot_use_mm_for_euclid_dist")
-            for p, q in zip(out_factors, in_factors, strict=True)
-        ]
-        matrix = distances[0] * self.coefficients[0]
-        for coefficient, distance in zip(self.coefficients[1:], distances[1:], strict=True):
-            matrix.add_(distance, alpha=coefficient)
-        return matrix, distances
+    def prepare(self, out_factors: Tensor, in_factors: Tensor) -> _Centred:
+        """Centre the factors, and multiply them by the scale, so that distances come out as `c_h D_h` at once."""
+        centre = (out_factors.mean(1, keepdim=True) + in_factors.mean(1, keepdim=True)) / 2
+        p, q = (out_factors - centre) * self.scale, (in_factors - centre) * self.scale
+        p_squares, q_squares = p.square().sum(-1, keepdim=True), q.square().sum(-1, keepdim=True)
+        left = torch.cat([-2 * p, p_squares, torch.ones_like(p_squares)], -1)
+        right = torch.cat([q, torch.ones_like(q_squares), q_squares], -1)
+        return _Centred(left, right, p, q)
+
+    def evaluate(self, prepared: _Centred, rows: slice, out: Tensor) -> list[Tensor]:
+        """`K` of these rows; the parts are all scaled distances but the first, which `K` and they give."""
+        self._distances(prepared, 0, rows, out)
+        parts = []
+        for piece, sign in enumerate(self.signs[1:], start=1):
+            distances = self._distances(prepared, piece, rows, torch.empty_like(out))
+            out.add_(distances, alpha=sign)
+            parts.append(distances)
+        return parts
 
     def gradients(
-        self, out_factors: Tensor, in_factors: Tensor, parts: list[Tensor], grad: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        prepared: _Centred,
+        rows: slice,
+        tile: Tensor,
+        parts: list[Tensor],
+        grad: Tensor,
+        grads: tuple[Tensor, Tensor],
+    ) -> None:
         """With `M_h = c_h grad / D_h` (0 where `D_h` is 0): `rowsum(M_h) P_h - M_h Q_h`, and `Q_h` likewise."""
-        grad_out, grad_in = torch.empty_like(out_factors), torch.empty_like(in_factors)
-        for piece, (coefficient, distance) in enumerate(zip(self.coefficients, parts, strict=True)):
-            p, q = out_factors[piece], in_factors[piece]
-            weights = torch.where(distance > 0, grad / distance, 0.0).mul_(coefficient)
-            grad_out[piece] = weights.sum(1, keepdim=True) * p - weights @ q
-            grad_in[piece] = weights.sum(0).unsqueeze(1) * q - weights.T @ p
-        return grad_out, grad_in
+        first = tile.clone()
+        for sign, distances in zip(self.signs[1:], parts, strict=True):
+            first.add_(distances, alpha=-sign)
+        columns = prepared.in_factors.shape[-1]
+        for piece, (sign, distances) in enumerate(zip(self.signs, [first, *parts], strict=True)):
+            p, q = prepared.out_factors[piece, rows], prepared.in_factors[piece]
+            # 1 / 0 counts 0; a NaN stays one.
+            weights = distances.reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0).mul_(grad)
+            factor = sign * self.scale
+            # The columns of ones give the row and column sums.
+            product = weights @ prepared.right[piece, :, : columns + 1]
+            grads[0][piece, rows] = (product[:, columns:] * p).sub_(product[:, :columns]).mul_(factor)
+            product = weights.T @ prepared.left[piece, rows]
+            grads[1][piece].add_((product[:, -1:] * q).add_(product[:, :columns], alpha=0.5), alpha=factor)
+
+    def _distances(self, prepared: _Centred, piece: int, rows: slice, out: Tensor) -> Tensor:
+        if prepared.in_factors.shape[-1] >= _FEW_COLUMNS:
+            torch.mm(prepared.left[piece, rows], prepared.right[piece].T, out=out)
+            return out.clamp_min_(0).sqrt_()
+        p, q = prepared.out_factors[piece, rows], prepared.in_factors[piece]
+        return out.copy_(torch.cdist(p, q, compute_mode="donot_use_mm_for_euclid_dist"))
 
 
 class LinearKernel:
     """The inner product `K[o, i] = P[o] . Q[i]`: LoRA's update, of rank `rank` at most."""
 
-    def evaluate(self, out_factors: Tensor, in_factors: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`K (out, in)`; the gradient needs no parts."""
-        return torch.einsum("hor,hir->oi", out_factors, in_factors), []
+    def prepare(self, out_factors: Tensor, in_factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Both factors with their pieces side by side, `(features, rank)`."""
+        return out_factors.transpose(0, 1).flatten(1), in_factors.transpose(0, 1).flatten(1)
+
+    def evaluate(self, prepared: tuple[Tensor, Tensor], rows: slice, out: Tensor) -> list[Tensor]:
+        """`K` of these rows; the gradient needs no parts."""
+        torch.mm(prepared[0][rows], prepared[1].T, out=out)
+        return []
 
     def gradients(
-        self, out_factors: Tensor, in_factors: Tensor, parts: list[Tensor], grad: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        prepared: tuple[Tensor, Tensor],
+        rows: slice,
+        tile: Tensor,
+        parts: list[Tensor],
+        grad: Tensor,
+        grads: tuple[Tensor, Tensor],
+    ) -> None:
         """`grad Q` and `grad^T P`, piece by piece."""
-        return torch.matmul(grad, in_factors), torch.matmul(grad.T, out_factors)
+        p, q = prepared
+        grads[0][:, rows] = (grad @ q).unflatten(1, (len(grads[0]), -1)).transpose(0, 1)
+        grads[1].add_((grad.T @ p[rows]).unflatten(1, (len(grads[1]), -1)).transpose(0, 1))
 
 
 KERNELS = ("distance", "linear")

@@ -8,12 +8,14 @@ are added as `deltas.0`, `deltas.1`, ... A fused `qkv` layer of 192 inputs and 5
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from snell_lightning.adapters.config import SnellConfig
-from snell_lightning.adapters.delta import Noise, SnellDelta, tuned_linear
+from snell_lightning.adapters.delta import Noise, SnellDelta, one_product_is_exact, tuned_linear, two_products
 from snell_lightning.adapters.errors import UserError
+from snell_lightning.adapters.recompute import layer_input
 
 
 class SnellLinear(nn.Module):
@@ -51,30 +53,52 @@ class SnellLinear(nn.Module):
         self._stride = linear.stride if isinstance(linear, nn.Conv2d) else None
         # In a list, so that it is no submodule: what `merged` turns back into the plain layer.
         self._plain = [linear]
+        # For evaluation: what the product is taken with, and what it was made from.
+        self._made: tuple[Any, Tensor] | None = None
         # Attributes of the parent module that `inject` changed, with the values that `merge` gives back.
         self.restore_on_merge: dict[str, Any] = {}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, ..., in)` to `(batch, ..., out)`; as a convolution `(batch, in, H, W)` to `(batch, out, H', W')`."""
-        if self._stride is None:
-            return self._tuned(x)
-        rows, columns = self._stride
-        x = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
-        return self._tuned(x).permute(0, 3, 1, 2)
+        x, kept, recipe = layer_input(x, self._stride, rebuild=self.config.recompute != "none")
+        if self.training or torch.is_grad_enabled():
+            noise = Noise.draw(self.config.dropout, self.config.drop_path) if self.training else None
+            y = tuned_linear(x, self.weight.flatten(1), self.bias, self.updates, noise, kept, recipe)
+        else:
+            y = self._evaluate(x)
+        return y if self._stride is None else y.permute(0, 3, 1, 2)
 
     @property
     def updates(self) -> list[SnellDelta]:
         """The updates, top rows first."""
         return [delta for delta in self.deltas if isinstance(delta, SnellDelta)]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _tuned(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        noise = Noise.draw(self.config.dropout, self.config.drop_path) if self.training else None
+    def train(self, mode: bool = True) -> "SnellLinear":
+        """Training mode; what evaluation has made is dropped."""
+        self._made = None
+        return super().train(mode)
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """The tuned product without gradients: the update is made once, not for every batch."""
         weight = self.weight.flatten(1)
-        return tuned_linear(x, weight, self.bias, self.updates, noise)
+        if one_product_is_exact(x, weight):
+            return F.linear(x, self._once(x.dtype, weight), None if self.bias is None else self.bias.to(x.dtype))
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            y = two_products(x.reshape(-1, x.shape[-1]), self._once(dtype, None), weight, self.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _once(self, dtype: torch.dtype, base: Tensor | None) -> Tensor:
+        """`base + dW`, kept until a tensor it depends on is changed, or training goes on."""
+        sources = [self.weight, *self.deltas.parameters()]
+        sparsities = tuple(delta.sparsity for delta in self.updates)
+        key = (dtype, base is None, sparsities, tuple((t.data_ptr(), t._version) for t in sources))
+        if self._made is None or self._made[0] != key:
+            self._made = None
+            update = torch.cat([delta.weight() for delta in self.updates])
+            self._made = key, update.to(dtype) if base is None else update.add_(base).to(dtype)
+        return self._made[1]
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

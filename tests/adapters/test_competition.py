@@ -3,14 +3,29 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from snell_lightning.adapters import SnellConfig, SnellDelta, UserError
-from snell_lightning.adapters.competition import SPARSIFIERS, survivor_slopes, survivors, threshold
+from snell_lightning.adapters.competition import (
+    SPARSIFIERS,
+    shrink,
+    survivor_slopes,
+    survivor_values,
+    threshold,
+)
+
 
 from . import reference
 
 COMPETING = [name for name in SPARSIFIERS if name != "none"]
+
+
+def survivors(matrix: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
+    return survivor_values(shrink(matrix, tau), tau, sparsifier)
+
+
+def slopes(matrix: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
+    return survivor_slopes(shrink(matrix, tau), tau, sparsifier)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999])
@@ -35,9 +50,9 @@ def test_half_of_five_entries_leaves_two() -> None:
     assert survivors(matrix, tau, "hard").tolist() == [[5, 0, 4, 0, 0]]
     assert survivors(matrix, tau, "magnitude").tolist() == [[25, 0, 16, 0, 0]]
     assert survivors(matrix, tau, "soft").tolist() == [[5 * (5 - 3), 0, 4 * (4 - 3), 0, 0]]
-    assert survivor_slopes(matrix, tau, "hard").tolist() == [[1, 0, 1, 0, 0]]
-    assert survivor_slopes(matrix, tau, "magnitude").tolist() == [[5, 0, 4, 0, 0]]
-    assert survivor_slopes(matrix, tau, "soft").tolist() == [[2 * 5 - 3, 0, 2 * 4 - 3, 0, 0]]
+    assert slopes(matrix, tau, "hard").tolist() == [[1, 0, 1, 0, 0]]
+    assert slopes(matrix, tau, "magnitude").tolist() == [[5, 0, 4, 0, 0]]
+    assert slopes(matrix, tau, "soft").tolist() == [[2 * 5 - 3, 0, 2 * 4 - 3, 0, 0]]
 
 
 @pytest.mark.parametrize("sparsifier", COMPETING)

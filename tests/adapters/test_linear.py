@@ -46,6 +46,17 @@ def straightforward(layer: SnellLinear, x: Tensor, masks: tuple[Tensor | None, T
     return reference.tuned(x, layer.weight.flatten(1), layer.bias, list(layer.deltas), masks)
 
 
+def masks_of(noise: Noise, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of mean 1 that noise multiplies with: of entries `(rows, in)`, and of rows `(rows, 1)`."""
+    rows = x.numel() // x.shape[-1]
+    dropped = noise.dropped_entries(rows, x.shape[-1], x.device)
+    entries = torch.ones(rows, x.shape[-1]) if dropped is None else (~dropped).float() / (1 - noise.dropout)
+    samples = torch.full((rows, 1), 1 / (1 - noise.drop_path))
+    for lost in noise.row_ranges(rows, len(x) if x.dim() > 1 else 1)[1]:
+        samples[lost] = 0
+    return entries, samples
+
+
 class TestNumbers:
     @pytest.mark.parametrize("slices", [1, 3])
     @pytest.mark.parametrize("bias", [True, False])
@@ -358,7 +369,7 @@ class TestNoise:
             return run
 
         def expected(x: Tensor) -> Tensor:
-            return straightforward(layer, x, Noise.draw(dropout, drop_path).masks(x))
+            return straightforward(layer, x, masks_of(Noise.draw(dropout, drop_path), x))
 
         assert relative_error(seeded(layer)(x), seeded(expected)(x)) < 1e-5
         found_gradients = gradients(layer, seeded(layer), x, grad_y)
@@ -378,7 +389,7 @@ class TestNoise:
         )
 
     def test_masks_have_mean_one_and_drop_the_given_fraction(self) -> None:
-        entries, samples = Noise(dropout=0.1, drop_path=0.2, seed=0).masks(torch.empty(20_000, 2, 12))
+        entries, samples = masks_of(Noise(dropout=0.1, drop_path=0.2, seed=0), torch.empty(20_000, 2, 12))
 
         # Of 480,000 entries a tenth falls: the fraction has a standard deviation of 4e-4. Of 20,000 samples
         # a fifth falls: 2.8e-3. Tolerances are five of them; a mean is the kept fraction over the
@@ -481,8 +492,7 @@ class TestLowPrecision:
         with torch.autocast("cpu", dtype=dtype):
             found = layer(1000 * x)
         torch.manual_seed(1)
-        masks = Noise.draw(noise, noise).masks(x.to(dtype)) if noise else (None, None)
-        masks = tuple(None if mask is None else mask.float() for mask in masks)
+        masks = masks_of(Noise.draw(noise, noise), x) if noise else (None, None)
         expected = straightforward(layer, 1000 * x, masks)
 
         assert relative_norm_error(found, expected) < 0.02
@@ -547,8 +557,7 @@ class TestLowPrecision:
 
         def expected(x: Tensor) -> Tensor:
             torch.manual_seed(1)
-            masks = Noise.draw(noise, noise).masks(x.detach().to(dtype)) if noise else (None, None)
-            return straightforward(layer, x, tuple(None if mask is None else mask.float() for mask in masks))
+            return straightforward(layer, x, masks_of(Noise.draw(noise, noise), x) if noise else (None, None))
 
         found_gradients = gradients(layer, autocast, x, grad_y)
         expected_gradients = gradients(layer, expected, x, grad_y)
