@@ -28,7 +28,7 @@ from torch._subclasses import FakeTensor
 SPARSIFIERS = ("magnitude", "soft", "hard", "none")
 
 # Entries that are worked on at once: what fits the processor's cache, or keeps an accelerator busy.
-_TILE_ON_CPU, _TILE_ON_ACCELERATOR = 2**19, 2**22
+_TILE_ON_CPU, _TILE_ON_ACCELERATOR = 2**18, 2**22
 # Entries that are sampled to find the threshold's neighbourhood, and how many standard deviations that reaches.
 _SAMPLE, _DEVIATIONS = 2**14, 4.0
 
@@ -65,30 +65,43 @@ def threshold(matrix: Tensor, sparsity: float) -> Tensor:
     return matrix.abs().flatten().kthvalue(rank).values if found is None else found
 
 
-def shrink(matrix: Tensor, tau: Tensor) -> Tensor:
-    """The entries above the threshold by absolute value, zero elsewhere. Same shape as `matrix`."""
+def shrink_(matrix: Tensor, tau: Tensor) -> Tensor:
+    """Set the entries that are not above the threshold by absolute value to zero, in place."""
     if matrix.device.type == "cpu" and not isinstance(tau, FakeTensor):
-        return F.hardshrink(matrix, tau.item())
-    return torch.where(matrix.abs() > tau, matrix, 0.0)
+        return torch.hardshrink(matrix, tau.item(), out=matrix)
+    return matrix.masked_fill_(matrix.abs() <= tau, 0.0)
 
 
-def survivor_values(winners: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
-    """The update's entries for `winners`, from `shrink`, which may be overwritten."""
+def survivor_values_(winners: Tensor, tau: Tensor, sparsifier: str, scratch: Tensor) -> Tensor:
+    """Turn what `shrink_` left into the update's entries, in place.
+
+    Args:
+        winners: From `shrink_`.
+        tau: The threshold.
+        sparsifier: Which.
+        scratch: Of the same shape; overwritten.
+    """
     if sparsifier == "magnitude":
-        return winners.mul_(winners.abs())
+        return winners.mul_(torch.abs(winners, out=scratch))
     if sparsifier == "soft":
-        return winners.mul_(winners.abs() - tau)
+        return winners.mul_(torch.abs(winners, out=scratch).sub_(tau))
     return winners
 
 
-def survivor_slopes(winners: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
-    """What the update's gradient is multiplied with to become the matrix's, for `winners`, from `shrink`."""
+def survivor_slopes(winners: Tensor, tau: Tensor, sparsifier: str, out: Tensor) -> Tensor:
+    """What the update's gradient is multiplied with to become the matrix's, for what `shrink_` left.
+
+    Args:
+        winners: From `shrink_`.
+        tau: The threshold.
+        sparsifier: Which.
+        out: Where it is written, of the same shape.
+    """
+    torch.abs(winners, out=out)
     if sparsifier == "magnitude":
-        return winners.abs()
-    alive = winners.sign().abs_()
-    if sparsifier == "soft":
-        return (2 * winners.abs()).sub_(tau * alive)
-    return alive
+        return out
+    alive = out.sign()
+    return out.mul_(2).sub_(alive.mul_(tau)) if sparsifier == "soft" else out.copy_(alive)
 
 
 def _by_sample(matrix: Tensor, rank: int) -> Tensor | None:
@@ -104,8 +117,9 @@ def _by_sample(matrix: Tensor, rank: int) -> Tensor | None:
     low = sample.kthvalue(first).values.item() if first >= 1 else -math.inf
     high = sample.kthvalue(last).values.item() if last <= len(sample) else math.inf
     below, between = 0, []
+    scratch = entries.new_empty(min(_TILE_ON_CPU, len(entries)))
     for chunk in entries.split(_TILE_ON_CPU):
-        magnitudes = chunk.abs()
+        magnitudes = torch.abs(chunk, out=scratch[: len(chunk)])
         lower = magnitudes < low
         below += int(lower.count_nonzero())
         inside = (magnitudes <= high).logical_xor_(lower)

@@ -29,8 +29,8 @@ class SnellConfig:
         scale: Size of the distance kernel's coefficients.
         dropout: Probability of dropping an entry of the update's input, in [0, 1).
         drop_path: Probability of dropping the whole update for a sample, in [0, 1).
-        recompute: What is made again in backward instead of being kept, exactly: `none`; `inputs` of the adapted layers,
-            from what the normalisation or activation before them keeps anyway; or `blocks`, whole blocks besides.
+        recompute: What is made again in backward instead of being kept: `none`; `inputs` of the adapted layers, from
+            what the normalisation or activation before them keeps anyway; or `blocks`, whole blocks besides.
         targets: Patterns of the layers to adapt; by default every linear layer and 1x1 convolution in the blocks.
         exclude: Patterns of layers to leave alone.
         rank_pattern: Rank by pattern, for layers that differ from `rank`.

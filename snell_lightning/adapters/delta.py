@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from snell_lightning.adapters.competition import shrink, survivor_slopes, survivor_values, threshold, tiles
+from snell_lightning.adapters.competition import shrink_, survivor_slopes, survivor_values_, threshold, tiles
 from snell_lightning.adapters.config import SnellConfig, check_fraction
-from snell_lightning.adapters.kernels import Kernel, full_precision, kernel_dtype, make_kernel
+from snell_lightning.adapters.kernels import evaluate, full_precision, kernel_dtype
 from snell_lightning.adapters.recompute import Recipe
 
 # A low-precision copy of dW is brought to this size first where the type's range is short (fp16).
@@ -39,7 +39,8 @@ _FP16_UPDATE_PEAK = 2.0**-4
 class UpdateRule:
     """How factors become an update: the kernel, the sparsifier and the sparsity in force."""
 
-    kernel: Kernel
+    kernel: str
+    scale: float
     sparsifier: str
     sparsity: float
 
@@ -49,29 +50,31 @@ class UpdateRule:
         return self.sparsifier == "none" or self.sparsity == 0
 
     def write(
-        self, out_factors: Tensor, in_factors: Tensor, buffer: Tensor, base: Tensor | None = None, scale: float = 1.0
+        self, out_factors: Tensor, in_factors: Tensor, buffer: Tensor, base: Tensor | None = None, factor: float = 1.0
     ) -> Tensor | None:
-        """Write `base + scale * update` to `buffer`.
+        """Write `base + factor * update` to `buffer`.
 
         Args:
             out_factors: P.
             in_factors: Q.
-            buffer: `(out, in)`, in the kernel's precision.
+            buffer: `(out, in)`, in the type of the factors.
             base: `(out, in)` of any type; zero by default.
-            scale: What the update is multiplied with.
+            factor: What the update is multiplied with.
 
         Returns:
             The threshold; None where the update is dense.
         """
-        prepared = self.kernel.prepare(out_factors, in_factors)
+        evaluation = evaluate(self.kernel, out_factors, in_factors, self.scale)
         for rows in tiles(buffer):
-            self.kernel.evaluate(prepared, rows, buffer[rows])
+            evaluation.fill(rows, buffer[rows])
         tau = None if self.dense else threshold(buffer, self.sparsity)
-        if tau is not None or base is not None or scale != 1:
+        if tau is not None or base is not None or factor != 1:
+            scratch = buffer.new_empty(0)
             for rows in tiles(buffer):
                 tile = buffer[rows]
-                values = tile if tau is None else survivor_values(shrink(tile, tau), tau, self.sparsifier)
-                _put(tile, values, None if base is None else base[rows], scale)
+                if tau is not None:
+                    survivor_values_(shrink_(tile, tau), tau, self.sparsifier, scratch.resize_(tile.shape))
+                _put(tile, tile, None if base is None else base[rows], factor)
         return tau
 
     def backward(
@@ -81,7 +84,7 @@ class UpdateRule:
         tau: Tensor | None,
         grad: Tensor,
         base: Tensor | None = None,
-        scale: float = 1.0,
+        factor: float = 1.0,
         rewrite: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Gradients of both factors from the gradient of what `write` wrote; that is put in the gradient's place.
@@ -90,36 +93,37 @@ class UpdateRule:
             out_factors: P.
             in_factors: Q.
             tau: The threshold.
-            grad: `(out, in)` in the products' type; overwritten with `base + scale * update` if `rewrite` is true.
+            grad: `(out, in)` in the products' type; overwritten with `base + factor * update` if `rewrite` is true.
             base: As in `write`.
-            scale: As in `write`.
+            factor: As in `write`.
             rewrite: Whether the update is wanted.
         """
-        prepared = self.kernel.prepare(out_factors, in_factors)
-        grads = torch.zeros_like(out_factors), torch.zeros_like(in_factors)
-        buffer = out_factors.new_empty(0)
+        evaluation = evaluate(self.kernel, out_factors, in_factors, self.scale)
+        buffers = out_factors.new_empty(0), out_factors.new_empty(0)
         for rows in tiles(grad):
-            tile = buffer.resize_(grad[rows].shape)
-            parts = self.kernel.evaluate(prepared, rows, tile)
-            values = tile if tau is None else shrink(tile, tau)
-            tile_grad = grad[rows].to(tile.dtype)
-            if tau is not None:
-                tile_grad = survivor_slopes(values, tau, self.sparsifier).mul_(tile_grad)
-            self.kernel.gradients(prepared, rows, tile, parts, tile_grad, grads)
+            tile, scratch = (buffer.resize_(grad[rows].shape) for buffer in buffers)
+            evaluation.fill(rows, tile)
+            if tau is None:
+                scratch.copy_(grad[rows])
+            else:
+                survivor_slopes(shrink_(tile, tau), tau, self.sparsifier, out=scratch).mul_(grad[rows])
+            evaluation.accumulate(rows, scratch)
             if rewrite:
-                values = values if tau is None else survivor_values(values, tau, self.sparsifier)
-                _put(grad[rows], values, None if base is None else base[rows], scale)
-        return grads[0].mul_(scale), grads[1].mul_(scale)
+                if tau is not None:
+                    survivor_values_(tile, tau, self.sparsifier, scratch)
+                _put(grad[rows], tile, None if base is None else base[rows], factor)
+        of_p, of_q = evaluation.gradients()
+        return of_p.mul_(factor), of_q.mul_(factor)
 
 
-def _put(target: Tensor, values: Tensor, base: Tensor | None, scale: float) -> None:
-    """Write `base + scale * values` to `target`, rounded once; `values` may be overwritten."""
+def _put(target: Tensor, values: Tensor, base: Tensor | None, factor: float) -> None:
+    """Write `base + factor * values` to `target`, rounded once; `values` may be overwritten."""
     if base is None:
-        target.copy_(values if scale == 1 else values.mul_(scale))
+        target.copy_(values if factor == 1 else values.mul_(factor))
     elif target.dtype == values.dtype == base.dtype:
-        torch.add(base, values, alpha=scale, out=target)
+        torch.add(base, values, alpha=factor, out=target)
     else:
-        target.copy_(torch.add(base, values, alpha=scale))
+        target.copy_(torch.add(base, values, alpha=factor))
 
 
 class SnellDelta(nn.Module):
@@ -154,7 +158,6 @@ class SnellDelta(nn.Module):
         columns = config.rank // config.pieces
         self.in_factors = nn.Parameter(torch.empty(config.pieces, in_features, columns, device=device, dtype=dtype))
         self.out_factors = nn.Parameter(torch.empty(config.pieces, out_features, columns, device=device, dtype=dtype))
-        self._kernel = make_kernel(config.kernel, config.pieces, config.scale)
         self.sparsity = config.sparsity
         self.reset_parameters()
 
@@ -176,7 +179,7 @@ class SnellDelta(nn.Module):
     @property
     def rule(self) -> UpdateRule:
         """How the factors become the update, at the sparsity in force."""
-        return UpdateRule(self._kernel, self.config.sparsifier, self._sparsity)
+        return UpdateRule(self.config.kernel, self.config.scale, self.config.sparsifier, self._sparsity)
 
     def weight(self) -> Tensor:
         """The update as applied, `(out_features, in_features)` in fp32; differentiable."""

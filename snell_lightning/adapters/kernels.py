@@ -6,17 +6,16 @@
 
 For example rank 4 in 2 pieces on a layer of 3 inputs and 5 outputs: Q is (2, 3, 2), P is (2, 5, 2), K is (5, 3).
 
-A kernel is evaluated a tile of rows at a time, so that what it needs on the way stays in the processor's cache: of the
-weight's size there is only the buffer that the caller gives. `gradients` turns the gradient of a tile into gradients of
-the factors, in closed form; autograd records nothing. Callers run all of it under `full_precision`.
+An evaluation works on a tile of rows at a time, so that what it needs on the way stays in the processor's cache: of the
+weight's size there is only the buffer that the caller gives. It turns the gradient of a tile into gradients of the
+factors in closed form; autograd records nothing. Callers run all of it under `full_precision`.
 
 Source: SNELL (arXiv 2411.01800), section 3; the coefficients are those of its released code.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,142 +25,137 @@ from torch import Tensor
 _FEW_COLUMNS = 8
 
 
-class Kernel(Protocol):
-    """A function of two factor tensors whose value is a matrix, made in tiles of rows."""
+class Evaluation(Protocol):
+    """A kernel at given factors, in tiles of rows."""
 
-    def prepare(self, out_factors: Tensor, in_factors: Tensor) -> Any:
-        """What all tiles have in common, of the factors' size."""
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Write these rows of the matrix to `out (rows, in)`."""
 
-    def evaluate(self, prepared: Any, rows: slice, out: Tensor) -> list[Tensor]:
-        """Write rows of the matrix to `out (rows, in)`; returns what `gradients` wants to know of these rows."""
+    def accumulate(self, rows: slice, grad: Tensor) -> None:
+        """Take the gradient `(rows, in)` of the rows that `fill` wrote last."""
 
-    def gradients(
-        self, prepared: Any, rows: slice, tile: Tensor, parts: list[Tensor], grad: Tensor, grads: tuple[Tensor, Tensor]
-    ) -> None:
-        """Add one tile's share to `grads`, which start at zero and end in `finish`.
-
-        Args:
-            prepared: From `prepare`.
-            rows: Which rows of the matrix.
-            tile: Those rows `(rows, in)`, from `evaluate`.
-            parts: From `evaluate`; may be overwritten.
-            grad: Gradient of the rows `(rows, in)`.
-            grads: Gradients of `out_factors` and `in_factors`, in the factors' shapes.
-        """
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradients of out and in factors from all that was accumulated."""
 
 
-@dataclass(frozen=True)
-class _Centred:
-    """Factors around their common centre, and as the two sides of one product that gives squared distances."""
-
-    left: Tensor
-    right: Tensor
-    out_factors: Tensor
-    in_factors: Tensor
-
-
-class DistanceKernel:
+class DistanceEvaluation:
     """Piecewise linear distance: `K[o, i] = sum_h c_h |P[h, o] - Q[h, i]|` with `c = scale * (+1, -1, +1, ...)`.
 
     Squared distances come from one product, `[-2p, |p|^2, 1] . [q, 1, |q|^2]`. `K` is a difference of nearly equal
     distances, so the product must not lose what they have in common: factors are centred first (a distance does not
-    change), and the product is a true fp32 one. Against distances from differences in fp64, K is then right to about
-    1e-6 of its size. Where there are too few columns for that, differences are used.
+    change), and the product is a true fp32 one. Against differences in fp64, K is then right to about 1e-6 of its size.
+    Where there are too few columns for that, differences are used.
+
+    The gradient, with `M_h = c_h grad / D_h` (0 where `D_h` is 0), is `rowsum(M_h) P_h - M_h Q_h` for P, and for Q
+    likewise; the products' columns of ones give the sums.
 
     Args:
-        pieces: How many distances are summed with alternating sign, at least 1.
+        out_factors: P `(pieces, out, columns)`.
+        in_factors: Q `(pieces, in, columns)`.
         scale: Size of the coefficients.
     """
 
-    def __init__(self, pieces: int, scale: float) -> None:
+    def __init__(self, out_factors: Tensor, in_factors: Tensor, scale: float) -> None:
+        self.signs = [(-1) ** piece for piece in range(len(out_factors))]
         self.scale = scale
-        self.signs = [(-1) ** piece for piece in range(pieces)]
-
-    def prepare(self, out_factors: Tensor, in_factors: Tensor) -> _Centred:
-        """Centre the factors, and multiply them by the scale, so that distances come out as `c_h D_h` at once."""
         centre = (out_factors.mean(1, keepdim=True) + in_factors.mean(1, keepdim=True)) / 2
-        p, q = (out_factors - centre) * self.scale, (in_factors - centre) * self.scale
-        p_squares, q_squares = p.square().sum(-1, keepdim=True), q.square().sum(-1, keepdim=True)
-        left = torch.cat([-2 * p, p_squares, torch.ones_like(p_squares)], -1)
-        right = torch.cat([q, torch.ones_like(q_squares), q_squares], -1)
-        return _Centred(left, right, p, q)
+        # Transposed, (pieces, columns, features), in which the products are faster; scaled, so that distances come
+        # out as c_h D_h.
+        p, q = ((factors - centre).mul_(scale).mT.contiguous() for factors in (out_factors, in_factors))
+        p_squares, q_squares = p.square().sum(1, keepdim=True), q.square().sum(1, keepdim=True)
+        self._p = torch.cat([-2 * p, p_squares, torch.ones_like(p_squares)], 1)
+        self._q = torch.cat([q, torch.ones_like(q_squares), q_squares], 1)
+        self._columns = p.shape[1]
+        self._buffers = [p.new_empty(0) for _ in self.signs]
+        self._distances: list[Tensor] = []
+        self._sums: tuple[Tensor, Tensor] | None = None
 
-    def evaluate(self, prepared: _Centred, rows: slice, out: Tensor) -> list[Tensor]:
-        """`K` of these rows; the parts are all scaled distances but the first, which `K` and they give."""
-        self._distances(prepared, 0, rows, out)
-        parts = []
-        for piece, sign in enumerate(self.signs[1:], start=1):
-            distances = self._distances(prepared, piece, rows, torch.empty_like(out))
-            out.add_(distances, alpha=sign)
-            parts.append(distances)
-        return parts
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Write `K (rows, in)`; the distances stay until the next call."""
+        self._distances = []
+        for piece, sign in enumerate(self.signs):
+            distances = self._buffers[piece].resize_(out.shape)
+            p, q = self._p[piece, :, rows], self._q[piece]
+            if self._columns >= _FEW_COLUMNS:
+                torch.mm(p.T, q, out=distances).clamp_min_(0).sqrt_()
+            else:
+                exact = torch.cdist(
+                    p[: self._columns].T * -0.5, q[: self._columns].T, compute_mode="donot_use_mm_for_euclid_dist"
+                )
+                distances.copy_(exact)
+            self._distances.append(distances)
+            if piece == 1:
+                torch.sub(self._distances[0], distances, out=out)
+            elif piece > 1:
+                out.add_(distances, alpha=sign)
+        if len(self.signs) == 1:
+            out.copy_(self._distances[0])
 
-    def gradients(
-        self,
-        prepared: _Centred,
-        rows: slice,
-        tile: Tensor,
-        parts: list[Tensor],
-        grad: Tensor,
-        grads: tuple[Tensor, Tensor],
-    ) -> None:
-        """With `M_h = c_h grad / D_h` (0 where `D_h` is 0): `rowsum(M_h) P_h - M_h Q_h`, and `Q_h` likewise."""
-        first = tile.clone()
-        for sign, distances in zip(self.signs[1:], parts, strict=True):
-            first.add_(distances, alpha=-sign)
-        columns = prepared.in_factors.shape[-1]
-        for piece, (sign, distances) in enumerate(zip(self.signs, [first, *parts], strict=True)):
-            p, q = prepared.out_factors[piece, rows], prepared.in_factors[piece]
+    def accumulate(self, rows: slice, grad: Tensor) -> None:
+        """Take the gradient `(rows, in)` of the rows that `fill` wrote last."""
+        if self._sums is None:
+            self._sums = torch.empty_like(self._p), torch.zeros_like(self._q)
+        for piece, distances in enumerate(self._distances):
             # 1 / 0 counts 0; a NaN stays one.
             weights = distances.reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0).mul_(grad)
-            factor = sign * self.scale
-            # The columns of ones give the row and column sums.
-            product = weights @ prepared.right[piece, :, : columns + 1]
-            grads[0][piece, rows] = (product[:, columns:] * p).sub_(product[:, :columns]).mul_(factor)
-            product = weights.T @ prepared.left[piece, rows]
-            grads[1][piece].add_((product[:, -1:] * q).add_(product[:, :columns], alpha=0.5), alpha=factor)
+            self._sums[0][piece, :, rows] = self._q[piece] @ weights.T
+            self._sums[1][piece].addmm_(self._p[piece, :, rows], weights)
 
-    def _distances(self, prepared: _Centred, piece: int, rows: slice, out: Tensor) -> Tensor:
-        if prepared.in_factors.shape[-1] >= _FEW_COLUMNS:
-            torch.mm(prepared.left[piece, rows], prepared.right[piece].T, out=out)
-            return out.clamp_min_(0).sqrt_()
-        p, q = prepared.out_factors[piece, rows], prepared.in_factors[piece]
-        return out.copy_(torch.cdist(p, q, compute_mode="donot_use_mm_for_euclid_dist"))
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradients of P and Q, in their shapes."""
+        assert self._sums is not None
+        columns = self._columns
+        (of_p, of_q), p, q = self._sums, self._p[:, :columns] * -0.5, self._q[:, :columns]
+        grad_p = p.mul_(of_p[:, columns : columns + 1]).sub_(of_p[:, :columns])
+        grad_q = (q * of_q[:, -1:]).add_(of_q[:, :columns], alpha=0.5)
+        factors = self.scale * p.new_tensor(self.signs).view(-1, 1, 1)
+        return grad_p.mul_(factors).mT.contiguous(), grad_q.mul_(factors).mT.contiguous()
 
 
-class LinearKernel:
-    """The inner product `K[o, i] = P[o] . Q[i]`: LoRA's update, of rank `rank` at most."""
+class LinearEvaluation:
+    """The inner product `K[o, i] = P[o] . Q[i]`: LoRA's update, of rank `rank` at most.
 
-    def prepare(self, out_factors: Tensor, in_factors: Tensor) -> tuple[Tensor, Tensor]:
-        """Both factors with their pieces side by side, `(features, rank)`."""
-        return out_factors.transpose(0, 1).flatten(1), in_factors.transpose(0, 1).flatten(1)
+    Args:
+        out_factors: P `(pieces, out, columns)`.
+        in_factors: Q `(pieces, in, columns)`.
+    """
 
-    def evaluate(self, prepared: tuple[Tensor, Tensor], rows: slice, out: Tensor) -> list[Tensor]:
-        """`K` of these rows; the gradient needs no parts."""
-        torch.mm(prepared[0][rows], prepared[1].T, out=out)
-        return []
+    def __init__(self, out_factors: Tensor, in_factors: Tensor) -> None:
+        # Pieces one below the other, (rank, features).
+        self._p, self._q = (factors.mT.flatten(0, 1).contiguous() for factors in (out_factors, in_factors))
+        self._sums = torch.zeros_like(self._p), torch.zeros_like(self._q)
+        self._pieces = len(out_factors)
 
-    def gradients(
-        self,
-        prepared: tuple[Tensor, Tensor],
-        rows: slice,
-        tile: Tensor,
-        parts: list[Tensor],
-        grad: Tensor,
-        grads: tuple[Tensor, Tensor],
-    ) -> None:
-        """`grad Q` and `grad^T P`, piece by piece."""
-        p, q = prepared
-        grads[0][:, rows] = (grad @ q).unflatten(1, (len(grads[0]), -1)).transpose(0, 1)
-        grads[1].add_((grad.T @ p[rows]).unflatten(1, (len(grads[1]), -1)).transpose(0, 1))
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Write `K (rows, in)`."""
+        torch.mm(self._p[:, rows].T, self._q, out=out)
+
+    def accumulate(self, rows: slice, grad: Tensor) -> None:
+        """Add these rows' share of `grad Q` and `grad^T P`."""
+        self._sums[0][:, rows] = self._q @ grad.T
+        self._sums[1].addmm_(self._p[:, rows], grad)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradients of P and Q, in their shapes."""
+        of_p, of_q = (sums.unflatten(0, (self._pieces, -1)).mT.contiguous() for sums in self._sums)
+        return of_p, of_q
 
 
 KERNELS = ("distance", "linear")
 
 
-def make_kernel(name: str, pieces: int, scale: float) -> Kernel:
-    """The kernel of that name, one of `KERNELS`."""
-    return DistanceKernel(pieces, scale) if name == "distance" else LinearKernel()
+def evaluate(kernel: str, out_factors: Tensor, in_factors: Tensor, scale: float) -> Evaluation:
+    """The kernel of that name, one of `KERNELS`, at these factors.
+
+    Args:
+        kernel: Its name.
+        out_factors: P `(pieces, out, columns)`.
+        in_factors: Q `(pieces, in, columns)`.
+        scale: Size of the distance kernel's coefficients.
+    """
+    if kernel == "distance":
+        return DistanceEvaluation(out_factors, in_factors, scale)
+    return LinearEvaluation(out_factors, in_factors)
 
 
 def kernel_dtype(*tensors: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ as it is: its activations would be made again the moment they were dropped.
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -174,7 +174,7 @@ class _Recomputed:
         return _empty_recomputed, (type(self).__mro__[2],), self.__dict__
 
 
-@lru_cache(maxsize=None)
+@cache
 def _recomputed(cls: type) -> type:
     return type(f"Recomputed{cls.__name__}", (_Recomputed, cls), {})
 
