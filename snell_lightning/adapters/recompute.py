@@ -100,9 +100,10 @@ def layer_input(x: Tensor, stride: tuple[int, int] | None, rebuild: bool) -> tup
     if produced is not None and produced.version == x._version:
         recipe = Recipe(dtype, stride, produced.module, autocast)
         return recipe.arrange(x.to(dtype)), produced.source, recipe
-    cast = x if x.dtype == dtype else _shared_cast(x, dtype)
     recipe = Recipe(dtype, stride)
-    return recipe.arrange(cast), cast.detach(), recipe
+    if x.dtype == dtype:
+        return recipe.arrange(x), x.detach(), recipe
+    return recipe.arrange(x.to(dtype)), _shared_cast(x, dtype), recipe
 
 
 def rebuild_inputs(model: nn.Module) -> None:
@@ -149,15 +150,12 @@ def _tell_source(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> 
 
 
 def _shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in another type; layers that are called with the same tensor, as q, k and v may be, keep one copy of it."""
+    """`x` in another type, to keep: layers called with the same tensor, as q, k and v may be, share one copy of it."""
     known = getattr(x, _CAST, None)
-    if known is not None:
-        cast, version, with_grad = known
-        if cast.dtype == dtype and version == x._version and with_grad == torch.is_grad_enabled():
-            return cast
-    cast = x.to(dtype)
-    setattr(x, _CAST, (cast, x._version, torch.is_grad_enabled()))
-    return cast
+    if known is None or known[0].dtype != dtype or known[1] != x._version:
+        known = x.detach().to(dtype), x._version
+        setattr(x, _CAST, known)
+    return known[0]
 
 
 class _Recomputed:
