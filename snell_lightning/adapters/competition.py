@@ -21,7 +21,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 

@@ -290,7 +290,7 @@ class _Plan:
 
     def dropped_entries(self, x: Tensor) -> Tensor | None:
         """Where the updates' input `x (rows, in)` is dropped; None without dropout."""
-        return self.noise.dropped_entries(*x.shape, x.device) if self.noise else None
+        return self.noise.dropped_entries(len(x), x.shape[1], x.device) if self.noise else None
 
 
 def tuned_linear(

@@ -50,7 +50,7 @@ class SnellLinear(nn.Module):
         self.deltas = nn.ModuleList(
             SnellDelta(self.in_features, rows, config, device=linear.weight.device) for _ in range(slices)
         )
-        self._stride = linear.stride if isinstance(linear, nn.Conv2d) else None
+        self._stride = (linear.stride[0], linear.stride[1]) if isinstance(linear, nn.Conv2d) else None
         # In a list, so that it is no submodule: what `merged` turns back into the plain layer.
         self._plain = [linear]
         # For evaluation: what the product is taken with, and what it was made from.

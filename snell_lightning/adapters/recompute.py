@@ -118,7 +118,7 @@ def recompute_blocks(model: nn.Module, layers: Iterable[str]) -> None:
     blocks = dict.fromkeys(_block_of(layers))
     for name in list(blocks)[:-1]:
         block = model.get_submodule(name)
-        block.__class__ = _recomputed(type(block))
+        block.__class__ = _recomputed(type(block))  # type: ignore[arg-type]
 
 
 def keep_everything(model: nn.Module) -> None:
@@ -173,13 +173,12 @@ class _Recomputed:
 
 
 @cache
-def _recomputed(cls: type) -> type:
+def _recomputed(cls: type) -> type[nn.Module]:
     return type(f"Recomputed{cls.__name__}", (_Recomputed, cls), {})
 
 
 def _empty_recomputed(cls: type) -> Any:
-    made = _recomputed(cls)
-    return made.__new__(made)
+    return object.__new__(_recomputed(cls))
 
 
 def _block_of(layers: Iterable[str]) -> Iterable[str]:

@@ -100,6 +100,45 @@ def test_threshold_is_exact_beyond_the_size_that_quantile_takes() -> None:
     assert threshold(matrix, 0.9).item() == int(0.9 * (size - 1))
 
 
+@pytest.mark.parametrize("sparsity", [1e-6, 0.001, 0.1, 0.5, 0.9, 0.99, 0.9999, 1 - 1e-7])
+@pytest.mark.parametrize("shape", [(3072, 768), (768, 3072), (769, 1001), (200_003, 1), (1, 200_003)])
+def test_a_large_matrixs_threshold_is_the_order_statistic(shape: tuple[int, int], sparsity: float) -> None:
+    matrix = torch.randn(shape)
+    rank = int(sparsity * (matrix.numel() - 1)) + 1
+
+    assert threshold(matrix, sparsity).item() == matrix.abs().flatten().sort().values[rank - 1].item()
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("kind", ["columns", "rows", "ties", "zeros", "infinite"])
+def test_the_threshold_is_exact_where_a_sample_says_little(kind: str, sparsity: float) -> None:
+    matrix = torch.randn(512, 768)
+    if kind == "columns":
+        matrix *= torch.logspace(-3, 3, 768)
+    elif kind == "rows":
+        matrix = matrix.flatten().sort().values.view(512, 768)
+    elif kind == "ties":
+        matrix = matrix.round()
+    elif kind == "zeros":
+        matrix[torch.rand_like(matrix) < 0.95] = 0
+    else:
+        matrix[::3] = float("inf")
+    rank = int(sparsity * (matrix.numel() - 1)) + 1
+
+    assert threshold(matrix, sparsity).item() == matrix.abs().flatten().sort().values[rank - 1].item()
+
+
+def test_the_threshold_is_exact_where_the_sample_misleads() -> None:
+    # The sample takes every 17th entry of these, and those are all larger than the others.
+    matrix = torch.rand(2**9 + 1, 2**9)
+    step = matrix.numel() // 2**14 + 1
+    assert step == 17
+    matrix.view(-1)[::step] += 10
+    rank = int(0.5 * (matrix.numel() - 1)) + 1
+
+    assert threshold(matrix, 0.5).item() == matrix.flatten().sort().values[rank - 1].item()
+
+
 @pytest.mark.parametrize("kernel", ["distance", "linear"])
 def test_sparsity_zero_and_none_are_the_dense_kernel(kernel: str) -> None:
     for settings in ({"sparsity": 0.0}, {"sparsity": 0.9, "sparsifier": "none"}):

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snell_lightning.adapters import SnellConfig, SnellLinear, UserError
+from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, cast_frozen
 from snell_lightning.adapters.competition import SPARSIFIERS
-from snell_lightning.adapters.delta import Noise, tuned_linear
+from snell_lightning.adapters.delta import Noise, UpdateRule, tuned_linear
 from snell_lightning.adapters.kernels import KERNELS
 
 from . import reference
@@ -578,6 +578,142 @@ class TestLowPrecision:
         full = reference.tuned(x, layer.weight.float(), layer.bias.float(), list(layer.deltas))
         assert relative_norm_error(y, full) < 0.02
         assert layer.merged().weight.dtype == torch.float32
+
+
+class TestEvaluation:
+    @pytest.fixture
+    def writes(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """One entry for every time an update was made."""
+        made: list[int] = []
+        write = UpdateRule.write
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            made.append(1)
+            return write(*args, **kwargs)
+
+        monkeypatch.setattr(UpdateRule, "write", counted)
+        return made
+
+    @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+    def test_makes_each_update_once(self, autocast: bool, writes: list[int]) -> None:
+        layer = make_layer(slices=3).eval()
+        x = torch.randn(7, 12)
+
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            first, second, third = layer(x), layer(x), layer(x[:2])
+
+        assert len(writes) == 3
+        assert torch.equal(first, second)
+        torch.testing.assert_close(third, first[:2])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISIONS])
+    def test_gives_what_training_without_noise_gives(self, dtype: torch.dtype) -> None:
+        layer = make_layer(slices=3, dropout=0.0)
+        x = torch.randn(2, 7, 12)
+
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            trained = layer.train()(x).detach()
+            with torch.no_grad():
+                evaluated = layer.eval()(x)
+
+        assert evaluated.dtype == trained.dtype
+        torch.testing.assert_close(evaluated, trained)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: torch.nn.init.normal_(layer.deltas[0].in_factors),
+            lambda layer: torch.optim.SGD(layer.deltas.parameters(), lr=1.0).step(),
+            lambda layer: layer.load_state_dict({k: v * 1.5 for k, v in layer.state_dict().items()}),
+            lambda layer: setattr(layer.deltas[1], "sparsity", 0.1),
+            lambda layer: (layer.weight.data.zero_(), layer.train().eval()),
+        ],
+        ids=["in place", "optimizer", "state dict", "sparsity", "train and back"],
+    )
+    def test_sees_every_change(self, change: Callable[[SnellLinear], object]) -> None:
+        layer = make_layer(slices=3).eval()
+        x = torch.randn(7, 12)
+        for parameter in layer.deltas.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        with torch.no_grad():
+            before = layer(x)
+
+        change(layer)
+
+        with torch.no_grad():
+            after = layer(x)
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, straightforward(layer, x).detach())
+
+    def test_keeps_nothing_once_training_goes_on(self) -> None:
+        layer = make_layer().eval()
+        with torch.no_grad():
+            layer(torch.randn(7, 12))
+        assert layer._made is not None
+
+        layer.train()
+
+        assert layer._made is None
+
+    def test_leaves_the_following_training_step_as_it_was(self) -> None:
+        def gradients_after(evaluate: bool) -> list[Tensor]:
+            torch.manual_seed(0)
+            layer, x = make_layer(), torch.randn(7, 12)
+            if evaluate:
+                with torch.no_grad():
+                    layer.eval()(x)
+                layer.train()
+            return gradients(layer, layer, x, torch.ones(7, 9))
+
+        for one, other in zip(gradients_after(True), gradients_after(False), strict=True):
+            assert torch.equal(one, other)
+
+    def test_with_gradients_is_differentiable(self) -> None:
+        layer = make_layer().eval()
+        layer(torch.randn(7, 12)).sum().backward()
+        assert layer.deltas[0].in_factors.grad is not None
+
+
+class TestFrozenWeightsInBf16:
+    def test_are_half_as_large_and_the_factors_stay_in_fp32(self) -> None:
+        model = nn.Sequential(make_layer(slices=3))
+        before = model[0].weight.nbytes
+
+        cast_frozen(model, torch.bfloat16)
+
+        assert model[0].weight.dtype == torch.bfloat16
+        assert model[0].weight.nbytes * 2 == before
+        assert {p.dtype for p in model[0].deltas.parameters()} == {torch.float32}
+        assert model[0].bias.dtype == torch.float32
+
+    @pytest.mark.parametrize("noise", [0.0, 0.3])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_compute_in_the_inputs_type_with_the_rounded_weight(self, training: bool, noise: float) -> None:
+        layer = make_layer(slices=3, dropout=noise)
+        exact = copy.deepcopy(layer)
+        exact.weight.data = exact.weight.data.bfloat16().float()
+        cast_frozen(nn.Sequential(layer), torch.bfloat16)
+        x, grad_y = torch.randn(7, 12), torch.randn(7, 9)
+
+        def seeded(module: SnellLinear) -> Callable[[Tensor], Tensor]:
+            def run(x: Tensor) -> Tensor:
+                torch.manual_seed(1)
+                return module.train(training)(x)
+
+            return run
+
+        assert torch.equal(seeded(layer)(x), seeded(exact)(x))
+        for one, other in zip(
+            gradients(layer, seeded(layer), x, grad_y), gradients(exact, seeded(exact), x, grad_y), strict=True
+        ):
+            assert torch.equal(one, other)
+
+    def test_merge_into_fp32_with_the_update_whole(self) -> None:
+        layer = make_layer()
+        cast_frozen(nn.Sequential(layer), torch.bfloat16)
+        expected = layer.weight.float() + layer.deltas[0].weight()
+
+        assert torch.equal(layer.merged().weight, expected)
 
 
 class TestTooling:
