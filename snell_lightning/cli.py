@@ -1,34 +1,31 @@
-"""The command line: LightningCLI with shipped configs, named callbacks, and errors of one line.
+"""The command line: shipped configs, what beats what, and errors of one line.
 
     python -m snell_lightning {fit,validate,test,predict} --config vit.yaml [--config MORE.yaml ...] [--KEY VALUE ...]
 
 What is given later wins: built-in defaults, then configs from left to right, then the settings a checkpoint was made
 with (where `--ckpt_path` names one), then values on the command line, wherever they stand.
+
+Lightning takes seconds to import. So configs are looked up before that, and `lightning_cli.py` is imported after.
 """
 
 import difflib
-import inspect
 import json
 import logging
 import os
-import re
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from snell_lightning.adapters import SnellConfig, UserError, read_adapter
-from snell_lightning.callbacks import AdapterCheckpoint, FiniteLoss, PredictionWriter, SnellMonitor
-from snell_lightning.data import ImageDataModule
-from snell_lightning.module import ImageClassifier
+from snell_lightning.adapters import UserError, read_adapter
+from snell_lightning.messages import one_line
+
+if TYPE_CHECKING:
+    from snell_lightning.lightning_cli import SnellCLI
 
 _PACKAGE = Path(__file__).parent
 # In a checkout the configs stand beside the package, in an installed wheel inside it.
@@ -37,38 +34,6 @@ SHIPPED_CONFIGS = next(
     _PACKAGE / "configs",
 )
 _DEBUG = "SNELL_DEBUG"
-
-
-class ConfigError(UserError):
-    """What jsonargparse says about a command line or a config, in its own words."""
-
-
-class SnellParser(LightningArgumentParser):
-    """A parser whose errors are one line that names the nearest valid key, and that takes keys in full only."""
-
-    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise, in place of printing the usage and leaving.
-
-        The text stays as it is here: parsers are nested, and the outer one quotes the inner one's.
-        """
-        raise ConfigError(message) from ex
-
-
-class SnellCLI(LightningCLI):
-    """LightningCLI for `ImageClassifier` and `ImageDataModule`."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Name the callbacks, and let the data decide what follows from it."""
-        parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(SnellMonitor, "monitor")
-        parser.link_arguments("model.backbone", "data.backbone")
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-
-    def _parse_ckpt_path(self) -> None:
-        """A checkpoint's settings were put below the command line's by `arrange_arguments` already."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
-def make_cli(arguments: Sequence[str], run: bool = True) -> SnellCLI:
+def make_cli(arguments: Sequence[str], run: bool = True) -> "SnellCLI":
     """Parse a command line and carry it out.
 
     Args:
@@ -101,26 +66,19 @@ def make_cli(arguments: Sequence[str], run: bool = True) -> SnellCLI:
         run: False makes trainer, model and data without running them; `arguments` then starts with no command.
     """
     _quieten()
-    # Processes that lightning starts run this process's own command line again, so `sys.argv` stays as it is.
-    return SnellCLI(
-        ImageClassifier,
-        ImageDataModule,
-        parser_class=SnellParser,
-        seed_everything_default=0,
-        trainer_defaults={
-            # The module says in one line what it trains.
-            "enable_model_summary": False,
-            "callbacks": [FiniteLoss(), PredictionWriter()],
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": "runs", "name": ""},
-            },
-        },
-        save_config_kwargs={"overwrite": False},
-        auto_configure_optimizers=False,
-        run=run,
-        args=arrange_arguments(arguments),
-    )
+    arranged = arrange_arguments(arguments)
+    from snell_lightning.lightning_cli import run_cli
+
+    return run_cli(arranged, run)
+
+
+def __getattr__(name: str) -> Any:
+    # `from snell_lightning.cli import SnellCLI` holds for those who build on it.
+    if name == "SnellCLI":
+        from snell_lightning.lightning_cli import SnellCLI
+
+        return SnellCLI
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def arrange_arguments(arguments: Sequence[str]) -> list[str]:
@@ -172,63 +130,6 @@ def find_config(name: str) -> str:
     raise UserError(f"there is no config file {name!r}, neither here nor among the shipped ones; {hint}")
 
 
-def one_line(error: BaseException) -> str | None:
-    """What to tell a user about an error, on one line; None where it is no user's mistake but a fault of ours."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            "the device ran out of memory; lower data.batch_size and raise trainer.accumulate_grad_batches by the "
-            "same factor"
-        )
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename}" if error.filename else " ".join(str(error).split())
-    if isinstance(error, ConfigError) or type(error).__module__.startswith("jsonargparse"):
-        return explain(str(error))
-    if isinstance(error, ValueError) and str(error).startswith("Does not validate against"):
-        # What jsonargparse makes of an error that a settings class raised.
-        return explain(str(error))
-    # Lightning tells of wrong trainer settings, such as an unknown accelerator, by plain value errors of its own.
-    if isinstance(error, (UserError, MisconfigurationException)) or (
-        isinstance(error, ValueError) and _raised_in(error).startswith("lightning.")
-    ):
-        return " ".join(str(error).split())
-    return None
-
-
-def explain(message: str) -> str:
-    """One line for what jsonargparse says in many: the key, what is wrong with it, the nearest key if it is unknown."""
-    text = " ".join(message.split())
-    key = re.search(r'(?:Parser key|key) "([\w.]+)"', text)
-    option = re.search(r"Option '([\w.]+)' is not accepted", text)
-    unknown = re.search(
-        r"Key '([\w.]+)' is not expected|nrecognized arguments: --([\w.]+)|ambiguous option: --([\w.]+)"
-        r"|does not accept option '([\w.]+)'",
-        text,
-    )
-    if unknown or (option and key):
-        name = next(filter(None, unknown.groups())) if unknown else f"{key[1]}.{option[1]}"  # type: ignore[index]
-        near = _nearest_key(name)
-        return f"there is no config key {name!r}" + (f"; did you mean {near!r}?" if near else "")
-    nested = re.search(
-        r'Errors: - Parser key "(\w+)": (.*?)(?: - Expected a <class \'NoneType\'>)? Given value type:', text
-    )
-    if nested and key:
-        text = f"{key[1]}.{nested[1]}: {nested[2]}"
-    reasons = re.search(r"Errors: - (.*) Given value type: .* Given value: (.*)$", text)
-    if reasons:
-        several = [reason for reason in reasons[1].split(" - ") if "<class 'NoneType'>" not in reason]
-        given = "" if "Namespace(" in reasons[2] else f", not {reasons[2]}"
-        text = (f"{key[1]}: " if key else "") + " or ".join(several) + given
-    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace(". Got value: ", ", not ")
-    return re.sub(r'^Parser key "([\w.]+)"', r"\1", text).replace("Expected a ", "expected ")
-
-
-def _raised_in(error: BaseException) -> str:
-    """Name of the module whose code raised an error."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
-
-
 def _value(rest: Any, name: str) -> str:
     value = next(rest, None)
     if value is None:
@@ -274,26 +175,6 @@ def _adapter_settings(path: str) -> dict[str, Any]:
 
 
 _SETTINGS_FROM = {"--ckpt_path": _checkpoint_settings, "--model.adapter_file": _adapter_settings}
-
-
-def _nearest_key(key: str) -> str | None:
-    """The valid key most like `key`."""
-    groups = {
-        "model": ImageClassifier,
-        "model.adapter": SnellConfig,
-        "model.optimizer": torch.optim.AdamW,
-        "data": ImageDataModule,
-        "trainer": Trainer,
-        "checkpoint": AdapterCheckpoint,
-        "monitor": SnellMonitor,
-    }
-    keys = {f"{group}.{name}" for group, cls in groups.items() for name in inspect.signature(cls).parameters}
-    keys |= {*groups, "config", "seed_everything", "ckpt_path"}
-    # A key that stands in the wrong group, or in none, is looked for by its last part.
-    by_leaf = {name.rpartition(".")[2]: name for name in sorted(keys)}
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
-    leaf = difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.6)
-    return near[0] if near else by_leaf[leaf[0]] if leaf else None
 
 
 def _is_about_the_run(record: logging.LogRecord) -> bool:

@@ -3,12 +3,14 @@
 Thin glue. The mathematics is in `adapters/`, the images come from `data/`, and `callbacks/` watch and save. Checkpoints
 hold the trained tensors alone: the frozen backbone comes from where it came from before, and its fingerprint is
 checked.
+
+timm is imported where it is used: the command line needs this class to print a help text or to refuse a config.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.data import Mixup
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MeanMetric, MetricCollection
@@ -35,7 +35,10 @@ from snell_lightning.adapters import (
     inject,
     load_adapter,
 )
-from snell_lightning.backbones import EMBEDDED_BACKBONE, create_backbone
+from snell_lightning.backbones import EMBEDDED_BACKBONE
+
+if TYPE_CHECKING:
+    from timm.data import Mixup
 
 Batch = tuple[Tensor, Tensor]
 
@@ -89,16 +92,14 @@ class ImageClassifier(LightningModule):
         if callable(self.hparams.get("optimizer")):
             del self.hparams["optimizer"]
         _check_range("num_classes", num_classes, num_classes >= 1, "at least 1")
-        _check_range("warmup", warmup, 0 <= warmup < 1, "at least 0 and below 1: a fraction of all steps")
-        _check_range("layer_decay", layer_decay, 0 < layer_decay <= 1, "above 0 and at most 1")
-        _check_range("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1")
-        _check_range("mixup", mixup, mixup >= 0, "at least 0")
-        _check_range("cutmix", cutmix, cutmix >= 0, "at least 0")
+        check_training_settings(warmup, layer_decay, label_smoothing, mixup, cutmix)
 
         self.backbone_name, self.adapter_config, self.num_classes = backbone, adapter, num_classes
         self.optimizer_factory = optimizer
         self.warmup, self.warmup_lr, self.min_lr, self.layer_decay = warmup, warmup_lr, min_lr, layer_decay
         self.label_smoothing = label_smoothing
+
+        from snell_lightning.backbones import create_backbone
 
         self.model = create_backbone(backbone, num_classes, pretrained, **(backbone_args or {}))
         if adapter is None:
@@ -109,9 +110,7 @@ class ImageClassifier(LightningModule):
             load_adapter(adapter_file, self.model, backbone)
         self._frozen: str | None = None
 
-        self.mix = (
-            Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes) if mixup or cutmix else None
-        )
+        self.mix = _mix(mixup, cutmix, label_smoothing, num_classes) if mixup or cutmix else None
         self.metrics = nn.ModuleDict({f"{stage}_stage": _metrics(stage, num_classes) for stage in ("val", "test")})
 
     @property
@@ -271,6 +270,8 @@ class ImageClassifier(LightningModule):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Trained parameters, without weight decay on vectors and tokens, with a scale per layer if asked for."""
+        from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
         no_decay = set(getattr(self.model, "no_weight_decay", set)())
         no_decay |= {name for name, _ in self.model.named_parameters() if name.endswith(("_token", "_tokens"))}
         if self.layer_decay < 1:
@@ -282,6 +283,21 @@ class ImageClassifier(LightningModule):
             if group["weight_decay"] != 0:
                 del group["weight_decay"]
         return [group for group in groups if group["params"]]
+
+
+def check_training_settings(
+    warmup: float, layer_decay: float, label_smoothing: float, mixup: float, cutmix: float
+) -> None:
+    """Check the ranges of those arguments of `ImageClassifier`.
+
+    Raises:
+        UserError: One is out of its range.
+    """
+    _check_range("warmup", warmup, 0 <= warmup < 1, "at least 0 and below 1: a fraction of all steps")
+    _check_range("layer_decay", layer_decay, 0 < layer_decay <= 1, "above 0 and at most 1")
+    _check_range("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1")
+    _check_range("mixup", mixup, mixup >= 0, "at least 0")
+    _check_range("cutmix", cutmix, cutmix >= 0, "at least 0")
 
 
 def warmup_cosine(steps: int, warmup: float, start: float, end: float) -> Callable[[int], float]:
@@ -300,6 +316,13 @@ def warmup_cosine(steps: int, warmup: float, start: float, end: float) -> Callab
         return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
+
+
+def _mix(mixup: float, cutmix: float, label_smoothing: float, num_classes: int) -> "Mixup":
+    """Mixup and CutMix of a batch as timm does them, with soft targets."""
+    from timm.data import Mixup
+
+    return Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
 
 
 def _metrics(stage: str, num_classes: int) -> nn.ModuleDict:

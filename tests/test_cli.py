@@ -12,17 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from snell_lightning import UserError
-from snell_lightning.cli import (
-    SHIPPED_CONFIGS,
-    ConfigError,
-    SnellCLI,
-    arrange_arguments,
-    explain,
-    find_config,
-    main,
-    make_cli,
-    one_line,
-)
+from snell_lightning.cli import SHIPPED_CONFIGS, arrange_arguments, find_config, main, make_cli
+from snell_lightning.lightning_cli import SnellCLI
+from snell_lightning.messages import ConfigError, explain, one_line
 
 VIT = str(SHIPPED_CONFIGS / "vit.yaml")
 BF16 = str(SHIPPED_CONFIGS / "trainer" / "bf16.yaml")

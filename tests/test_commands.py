@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from snell_lightning import cli
+from snell_lightning.lightning_cli import SnellCLI
 
 ROOT = Path(__file__).parent.parent
 SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
@@ -36,10 +37,10 @@ def test_command_shown_is_taken(where: str, command: str, tmp_path: Path, monkey
     for name in cli._SETTINGS_FROM:
         monkeypatch.setitem(cli._SETTINGS_FROM, name, lambda path: {})
 
-    def stop(self: cli.SnellCLI) -> None:
+    def stop(self: SnellCLI) -> None:
         raise ParsedError
 
-    monkeypatch.setattr(cli.SnellCLI, "before_instantiate_classes", stop)
+    monkeypatch.setattr(SnellCLI, "before_instantiate_classes", stop)
     with pytest.raises(SystemExit if "--help" in command else ParsedError):
         cli.make_cli(shlex.split(command.replace("$SLURM_NNODES", "2")))
 

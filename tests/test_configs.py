@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from snell_lightning.cli import SHIPPED_CONFIGS, ConfigError, SnellCLI, arrange_arguments, make_cli
+from snell_lightning.cli import SHIPPED_CONFIGS, arrange_arguments, make_cli
+from snell_lightning.lightning_cli import SnellCLI
+from snell_lightning.messages import ConfigError
 
 CONFIGS = sorted(str(path.relative_to(SHIPPED_CONFIGS)) for path in SHIPPED_CONFIGS.rglob("*.yaml"))
 # Overlays say what to change and are put behind a complete job.

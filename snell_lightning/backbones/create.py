@@ -18,7 +18,7 @@ from timm.models._hub import load_model_config_from_hf, load_model_config_from_p
 from torch import nn
 
 from snell_lightning.adapters.errors import UserError
-from snell_lightning.backbones.embedded import EMBEDDED_BACKBONE
+from snell_lightning.backbones.embedded import EMBEDDED_BACKBONE  # and registers it with timm
 
 _OFFLINE_CHOICES = (
     f"offline choices: the embedded backbone {EMBEDDED_BACKBONE}, a timm checkpoint folder as local-dir:PATH, "

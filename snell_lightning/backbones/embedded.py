@@ -12,7 +12,8 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-EMBEDDED_BACKBONE = "vit_micro_patch4_32.mnist5k"
+from snell_lightning.backbones import EMBEDDED_BACKBONE
+
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights" / "vit_micro_patch4_32.mnist5k.safetensors"
 
 default_cfgs = generate_default_cfgs(

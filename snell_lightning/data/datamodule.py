@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DistributedSampler, Sampler
 
 from snell_lightning.adapters.errors import UserError
-from snell_lightning.backbones import EMBEDDED_BACKBONE, data_config
+from snell_lightning.backbones import EMBEDDED_BACKBONE
 from snell_lightning.data.dataset import ImageDataset, ImageLoader, image_loader
 from snell_lightning.data.digits import digits
 from snell_lightning.data.folder import folder
@@ -96,6 +96,9 @@ class ImageDataModule(lightning.LightningDataModule):
         self.num_workers = _at_least("num_workers", num_workers, 0)
         self.seed = _at_least("seed", seed, 0)
         self.skip_unreadable = on_bad_image == "skip"
+        # Imported here for timm's sake: the command line needs this class to print a help text or to refuse a config.
+        from snell_lightning.backbones import data_config
+
         config = data_config(backbone)
         self.image_size = _image_size(backbone, config["input_size"], image_size)
         self.normalization = Normalization.resolve(normalization, config)

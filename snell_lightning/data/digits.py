@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.data.splits import Splits, split_three_ways
@@ -29,6 +28,9 @@ def digits(root: Path | None, val_fraction: float, test_fraction: float, seed: i
         raise UserError(
             f"data.source digits takes no data.root (given {root}); to read images from there set data.source to folder"
         )
+    # A heavy import, of which other sources have no need.
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     pixels = np.round(data.images * (255 / _BRIGHTEST)).astype(np.uint8)
     classes = tuple(str(name) for name in data.target_names)

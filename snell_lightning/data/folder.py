@@ -15,10 +15,11 @@ system's order.
 import os
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.data.splits import Sample, Splits, split_off, split_three_ways
+
+# Those of torchvision's ImageFolder.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 _VAL_NAMES = ("val", "valid", "validation")
 _LAYOUT = "expected ROOT/train/CLASS/IMAGE with val and test beside train, or ROOT/CLASS/IMAGE"
@@ -91,7 +92,7 @@ def _samples(path: Path, classes: tuple[str, ...]) -> list[Sample]:
         images = _images(path / name)
         if not images:
             raise UserError(
-                f"class folder {path / name} has no images ({' '.join(IMG_EXTENSIONS)}); add some or remove the folder"
+                f"class folder {path / name} has no images ({' '.join(EXTENSIONS)}); add some or remove the folder"
             )
         samples += [(image, labels[name]) for image in images]
     return samples
@@ -107,8 +108,6 @@ def _images(path: Path) -> list[str]:
     for here, folders, files in os.walk(path, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         images += [
-            os.path.join(here, name)
-            for name in files
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+            os.path.join(here, name) for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
         ]
     return sorted(images)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from sklearn.model_selection import train_test_split
 
 from snell_lightning.adapters.errors import UserError
 
@@ -109,6 +108,9 @@ def split_off(
             f"{len(samples)} images of {present} classes are too few to split {fraction:.0%} off for {name}"
             f"; the smallest class is {_smallest(samples, classes)}; add images or lower data.{name}_fraction"
         )
+    # A heavy import, of which sources with ready splits have no need.
+    from sklearn.model_selection import train_test_split
+
     kept, taken = train_test_split(range(len(samples)), test_size=size, stratify=labels, random_state=seed)
     return [samples[index] for index in sorted(kept)], [samples[index] for index in sorted(taken)]
 

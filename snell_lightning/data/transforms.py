@@ -2,31 +2,30 @@
 
 Sizes, normalisation and evaluation crop come from the backbone's own configuration unless overridden. All
 randomness is drawn from torch's generator, so the seed of the run settles it.
+
+torchvision is imported where transforms are built: the command line needs the choices' names alone.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from PIL import Image
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
-from torchvision.transforms import InterpolationMode, v2
 
 from snell_lightning.adapters.errors import UserError
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 Augmentation = Literal["crop", "light", "none"]
 NormalizationName = Literal["auto", "imagenet", "inception", "none"]
 Transform = Callable[[Image.Image], torch.Tensor]
 
+# As in timm.data.constants: that of ImageNet's training images, and that of the Inception models.
 _FIXED = {
-    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 
@@ -82,6 +81,8 @@ def build_transforms(
     Raises:
         UserError: `augmentation` or `normalization` is none of the choices.
     """
+    from torchvision.transforms import InterpolationMode, v2
+
     require_choice("augmentation", augmentation, get_args(Augmentation))
     scale = Normalization.resolve(normalization, config)
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(scale.mean, scale.std)]
@@ -112,5 +113,7 @@ def require_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"data.{argument} is {value!r}; expected one of {', '.join(choices)}")
 
 
-def _random_crop(image_size: int, smallest: float) -> v2.RandomResizedCrop:
+def _random_crop(image_size: int, smallest: float) -> "v2.RandomResizedCrop":
+    from torchvision.transforms import InterpolationMode, v2
+
     return v2.RandomResizedCrop(image_size, scale=(smallest, 1.0), interpolation=InterpolationMode.BICUBIC)
