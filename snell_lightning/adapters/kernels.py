@@ -20,6 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from snell_lightning.adapters.fused import differ, finish, shrink_, slopes, turn
+
 # Distances in fewer columns than this are taken from differences: the expansion's error at small distances is large
 # there, and such distances are frequent.
 _FEW_COLUMNS = 8
@@ -31,11 +33,30 @@ class Evaluation(Protocol):
     def fill(self, rows: slice, out: Tensor) -> None:
         """Write these rows of the matrix to `out (rows, in)`."""
 
-    def accumulate(self, rows: slice, grad: Tensor) -> None:
-        """Take the gradient `(rows, in)` of the rows that `fill` wrote last."""
+    def backward(
+        self,
+        rows: slice,
+        grad: Tensor,
+        base: Tensor | None,
+        tau: Tensor | None,
+        factor: float,
+        sparsifier: str,
+        rewrite: bool,
+    ) -> None:
+        """Take the gradient of these rows of the update, and put `base + factor * update` in its place.
+
+        Args:
+            rows: Which rows.
+            grad: Gradient of the update `(rows, in)`; overwritten if `rewrite` is true.
+            base: What the update is added to, `(rows, in)`; zero by default.
+            tau: The threshold; None where every entry takes part.
+            factor: What the update is multiplied with.
+            sparsifier: Which.
+            rewrite: Whether the update is wanted.
+        """
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients of out and in factors from all that was accumulated."""
+        """Gradients of out and in factors from all that `backward` took."""
 
 
 class DistanceEvaluation:
@@ -67,39 +88,44 @@ class DistanceEvaluation:
         self._q = torch.cat([q, torch.ones_like(q_squares), q_squares], 1)
         self._columns = p.shape[1]
         self._buffers = [p.new_empty(0) for _ in self.signs]
-        self._distances: list[Tensor] = []
         self._sums: tuple[Tensor, Tensor] | None = None
 
     def fill(self, rows: slice, out: Tensor) -> None:
-        """Write `K (rows, in)`; the distances stay until the next call."""
-        self._distances = []
-        for piece, sign in enumerate(self.signs):
-            distances = self._buffers[piece].resize_(out.shape)
-            p, q = self._p[piece, :, rows], self._q[piece]
-            if self._columns >= _FEW_COLUMNS:
-                torch.mm(p.T, q, out=distances).clamp_min_(0).sqrt_()
-            else:
-                exact = torch.cdist(
-                    p[: self._columns].T * -0.5, q[: self._columns].T, compute_mode="donot_use_mm_for_euclid_dist"
-                )
-                distances.copy_(exact)
-            self._distances.append(distances)
-            if piece == 1:
-                torch.sub(self._distances[0], distances, out=out)
-            elif piece > 1:
-                out.add_(distances, alpha=sign)
-        if len(self.signs) == 1:
-            out.copy_(self._distances[0])
+        """Write `K (rows, in)`."""
+        differ(out, self._squares(rows))
 
-    def accumulate(self, rows: slice, grad: Tensor) -> None:
-        """Take the gradient `(rows, in)` of the rows that `fill` wrote last."""
+    def backward(
+        self,
+        rows: slice,
+        grad: Tensor,
+        base: Tensor | None,
+        tau: Tensor | None,
+        factor: float,
+        sparsifier: str,
+        rewrite: bool,
+    ) -> None:
+        """See `Evaluation`."""
         if self._sums is None:
             self._sums = torch.empty_like(self._p), torch.zeros_like(self._q)
-        for piece, distances in enumerate(self._distances):
-            # 1 / 0 counts 0; a NaN stays one.
-            weights = distances.reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0).mul_(grad)
+        squares = self._squares(rows)
+        turn(grad, squares, base, tau, factor, sparsifier, rewrite)
+        for piece, weights in enumerate(squares):
             self._sums[0][piece, :, rows] = self._q[piece] @ weights.T
             self._sums[1][piece].addmm_(self._p[piece, :, rows], weights)
+
+    def _squares(self, rows: slice) -> list[Tensor]:
+        """Squared distances of these rows, by piece."""
+        squares = []
+        for piece, buffer in enumerate(self._buffers):
+            p, q = self._p[piece, :, rows], self._q[piece]
+            out = buffer.resize_(p.shape[1], q.shape[1])
+            if self._columns >= _FEW_COLUMNS:
+                torch.mm(p.T, q, out=out)
+            else:
+                p, q = p[: self._columns].T * -0.5, q[: self._columns].T
+                out.copy_(torch.cdist(p, q, compute_mode="donot_use_mm_for_euclid_dist")).square_()
+            squares.append(out)
+        return squares
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients of P and Q, in their shapes."""
@@ -130,10 +156,27 @@ class LinearEvaluation:
         """Write `K (rows, in)`."""
         torch.mm(self._p[:, rows].T, self._q, out=out)
 
-    def accumulate(self, rows: slice, grad: Tensor) -> None:
-        """Add these rows' share of `grad Q` and `grad^T P`."""
-        self._sums[0][:, rows] = self._q @ grad.T
-        self._sums[1].addmm_(self._p[:, rows], grad)
+    def backward(
+        self,
+        rows: slice,
+        grad: Tensor,
+        base: Tensor | None,
+        tau: Tensor | None,
+        factor: float,
+        sparsifier: str,
+        rewrite: bool,
+    ) -> None:
+        """See `Evaluation`."""
+        tile = self._p.new_empty(grad.shape)
+        self.fill(rows, tile)
+        weights = grad.to(tile.dtype)
+        if tau is not None:
+            weights = weights * slopes(shrink_(tile.clone(), tau), tau, sparsifier)
+        self._sums[0][:, rows] = self._q @ weights.T
+        self._sums[1].addmm_(self._p[:, rows], weights)
+        if rewrite:
+            finish(tile, base, tau, factor, sparsifier)
+            grad.copy_(tile)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients of P and Q, in their shapes."""

@@ -96,12 +96,13 @@ def layer_input(x: Tensor, stride: tuple[int, int] | None, rebuild: bool) -> tup
     device = x.device.type
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     dtype = autocast[1] if autocast[0] and x.dtype != torch.float64 else x.dtype
-    produced = getattr(x, _PRODUCED, None) if rebuild else None
+    produced = getattr(x, _PRODUCED, None) if rebuild and torch.is_grad_enabled() else None
     if produced is not None and produced.version == x._version:
         recipe = Recipe(dtype, stride, produced.module, autocast)
         return recipe.arrange(x.to(dtype)), produced.source, recipe
     recipe = Recipe(dtype, stride)
-    if x.dtype == dtype:
+    if x.dtype == dtype or not torch.is_grad_enabled():
+        x = x.to(dtype)
         return recipe.arrange(x), x.detach(), recipe
     return recipe.arrange(x.to(dtype)), _shared_cast(x, dtype), recipe
 

@@ -5,14 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from snell_lightning.adapters import SnellConfig, SnellDelta, UserError
-from snell_lightning.adapters.competition import (
-    SPARSIFIERS,
-    shrink_,
-    survivor_slopes,
-    survivor_values_,
-    threshold,
-)
+from snell_lightning.adapters import SnellConfig, SnellDelta, UserError, fused
+from snell_lightning.adapters.competition import SPARSIFIERS, threshold
 
 from . import reference
 
@@ -20,11 +14,11 @@ COMPETING = [name for name in SPARSIFIERS if name != "none"]
 
 
 def survivors(matrix: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
-    return survivor_values_(shrink_(matrix.clone(), tau), tau, sparsifier, torch.empty_like(matrix))
+    return fused.values_of(fused.shrink_(matrix.clone(), tau), tau, sparsifier)
 
 
 def slopes(matrix: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
-    return survivor_slopes(shrink_(matrix.clone(), tau), tau, sparsifier, torch.empty_like(matrix))
+    return fused.slopes(fused.shrink_(matrix.clone(), tau), tau, sparsifier)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999])
