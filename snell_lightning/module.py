@@ -29,6 +29,7 @@ from snell_lightning.adapters import (
     UserError,
     adapter_parameters,
     adapter_state_dict,
+    cast_frozen,
     check_adapter_state_dict,
     fingerprint,
     freeze_all_but_head,
@@ -51,6 +52,8 @@ class ImageClassifier(LightningModule):
         num_classes: Number of classes; on the command line it comes from the data.
         pretrained: Start from pretrained weights. If they cannot be had, that is an error.
         backbone_args: Further arguments of `timm.create_model`, such as `drop_path_rate`.
+        backbone_dtype: Type in which the adapted layers' frozen weights are held. bfloat16 halves their memory and rounds
+            them once; what is trained stays in fp32.
         adapter: What is tuned and how; null trains the head alone (a linear probe).
         adapter_file: An adapter file to start from, or to test or predict with. On the command line its settings hold.
         optimizer: Makes the optimizer from parameter groups.
@@ -72,6 +75,7 @@ class ImageClassifier(LightningModule):
         num_classes: int = 10,
         pretrained: bool = True,
         backbone_args: dict[str, Any] | None = None,
+        backbone_dtype: Literal["float32", "bfloat16"] = "float32",
         adapter: SnellConfig | None = SnellConfig(),  # noqa: B008 - never modified
         adapter_file: str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -109,6 +113,10 @@ class ImageClassifier(LightningModule):
         if adapter_file is not None:
             load_adapter(adapter_file, self.model, backbone)
         self._frozen: str | None = None
+        if backbone_dtype != "float32":
+            # An adapter belongs to the pretrained weights, however they are held.
+            self._frozen = fingerprint(self.model)
+            cast_frozen(self.model, getattr(torch, backbone_dtype))
 
         self.mix = _mix(mixup, cutmix, label_smoothing, num_classes) if mixup or cutmix else None
         self.metrics = nn.ModuleDict({f"{stage}_stage": _metrics(stage, num_classes) for stage in ("val", "test")})

@@ -299,3 +299,45 @@ def test_each_value_out_of_range_gets_one_line(arguments: dict[str, Any], expect
     with pytest.raises(UserError, match=expected) as caught:
         tiny(**arguments)
     assert "\n" not in str(caught.value)
+
+
+class TestFrozenWeightsInBf16:
+    def test_halve_the_adapted_layers_and_keep_the_fingerprint(self) -> None:
+        torch.manual_seed(0)
+        full = tiny()
+        torch.manual_seed(0)
+        half = tiny(backbone_dtype="bfloat16")
+
+        layer = half.model.blocks[0].attn.qkv
+        assert layer.weight.dtype == torch.bfloat16
+        assert torch.equal(layer.weight, full.model.blocks[0].attn.qkv.weight.bfloat16())
+        assert all(p.dtype == torch.float32 for p in half.parameters() if p.requires_grad)
+        assert half.frozen_fingerprint == full.frozen_fingerprint
+
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+    def test_train_and_validate(self, precision: str, tmp_path: Path) -> None:
+        module = tiny(backbone_dtype="bfloat16")
+        before = [p.detach().clone() for _, p in adapter_parameters(module.model)]
+        data = DataLoader([(image, label) for image, label in zip(*batch(8), strict=True)], batch_size=4)
+
+        trainer(tmp_path, precision=precision, max_steps=2).fit(module, data, data)
+
+        after = [p for _, p in adapter_parameters(module.model)]
+        assert any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("recompute", ["none", "inputs", "blocks"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_validation_between_epochs_leaves_training_as_it_is(precision: str, recompute: str, tmp_path: Path) -> None:
+    def trained(validate: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        module = tiny(adapter=SnellConfig(rank=2, recompute=recompute, dropout=0.1), optimizer=torch.optim.SGD)
+        images, labels = torch.linspace(-1, 1, 8 * 3 * 32 * 32).view(8, 3, 32, 32), torch.arange(8) % 7
+        data = DataLoader(list(zip(images, labels, strict=True)), batch_size=4)
+        options = {"precision": precision, "max_steps": -1, "max_epochs": 2}
+        torch.manual_seed(1)
+        trainer(tmp_path, limit_val_batches=1.0 if validate else 0, **options).fit(module, data, data)
+        return [parameter.detach() for _, parameter in adapter_parameters(module.model)]
+
+    for one, other in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(one, other)

@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from snell_lightning.adapters.fused import sort_out
-
 SPARSIFIERS = ("magnitude", "soft", "hard", "none")
 
 # Entries that are worked on at once: what fits the processor's cache, or keeps an accelerator busy.
-_TILE_ON_CPU, _TILE_ON_ACCELERATOR = 2**19, 2**22
+_TILE_ON_CPU, _TILE_ON_ACCELERATOR = 2**18, 2**22
 # Entries that are sampled to find the threshold's neighbourhood, and how many standard deviations that reaches.
 _SAMPLE, _DEVIATIONS = 2**14, 4.0
 
@@ -66,6 +64,45 @@ def threshold(matrix: Tensor, sparsity: float) -> Tensor:
     return matrix.abs().flatten().kthvalue(rank).values if found is None else found
 
 
+def shrink_(matrix: Tensor, tau: Tensor) -> Tensor:
+    """Set the entries that are not above the threshold by absolute value to zero, in place."""
+    if matrix.device.type == "cpu" and not isinstance(tau, FakeTensor):
+        return torch.hardshrink(matrix, tau.item(), out=matrix)
+    return matrix.masked_fill_(matrix.abs() <= tau, 0.0)
+
+
+def survivor_values_(winners: Tensor, tau: Tensor, sparsifier: str, scratch: Tensor) -> Tensor:
+    """Turn what `shrink_` left into the update's entries, in place.
+
+    Args:
+        winners: From `shrink_`.
+        tau: The threshold.
+        sparsifier: Which.
+        scratch: Of the same shape; overwritten.
+    """
+    if sparsifier == "magnitude":
+        return winners.mul_(torch.abs(winners, out=scratch))
+    if sparsifier == "soft":
+        return winners.mul_(torch.abs(winners, out=scratch).sub_(tau))
+    return winners
+
+
+def survivor_slopes(winners: Tensor, tau: Tensor, sparsifier: str, out: Tensor) -> Tensor:
+    """What the update's gradient is multiplied with to become the matrix's, for what `shrink_` left.
+
+    Args:
+        winners: From `shrink_`.
+        tau: The threshold.
+        sparsifier: Which.
+        out: Where it is written, of the same shape.
+    """
+    torch.abs(winners, out=out)
+    if sparsifier == "magnitude":
+        return out
+    alive = out.sign()
+    return out.mul_(2).sub_(alive.mul_(tau)) if sparsifier == "soft" else out.copy_(alive)
+
+
 def _by_sample(matrix: Tensor, rank: int) -> Tensor | None:
     """The value of that rank, or None where it is not between the two values that a sample gives."""
     entries = matrix.flatten()
@@ -76,15 +113,17 @@ def _by_sample(matrix: Tensor, rank: int) -> Tensor | None:
     middle = rank / len(entries) * len(sample)
     spread = _DEVIATIONS * math.sqrt(middle * max(0.0, 1 - middle / len(sample))) + 2
     first, last = math.floor(middle - spread), math.ceil(middle + spread)
-    infinity = sample.new_tensor(math.inf)
-    low = sample.kthvalue(first).values if first >= 1 else -infinity
-    high = sample.kthvalue(last).values if last <= len(sample) else infinity
+    low = sample.kthvalue(first).values.item() if first >= 1 else -math.inf
+    high = sample.kthvalue(last).values.item() if last <= len(sample) else math.inf
     below, between = 0, []
+    scratch = entries.new_empty(min(_TILE_ON_CPU, len(entries)))
     for chunk in entries.split(_TILE_ON_CPU):
-        lower, inside = sort_out(chunk, low, high)
-        below += int(lower)
+        magnitudes = torch.abs(chunk, out=scratch[: len(chunk)])
+        lower = magnitudes < low
+        below += int(lower.count_nonzero())
+        inside = (magnitudes <= high).logical_xor_(lower)
         # numpy finds the set entries of a mask several times as fast.
-        between.append(chunk[torch.from_numpy(inside.numpy().nonzero()[0])].abs_())
+        between.append(magnitudes[torch.from_numpy(inside.numpy().nonzero()[0])])
     candidates = torch.cat(between)
     if not below < rank <= below + len(candidates):
         return None

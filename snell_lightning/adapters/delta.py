@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from snell_lightning.adapters.competition import threshold, tiles
+from snell_lightning.adapters.competition import shrink_, survivor_slopes, survivor_values_, threshold, tiles
 from snell_lightning.adapters.config import SnellConfig, check_fraction
-from snell_lightning.adapters.fused import finish
 from snell_lightning.adapters.kernels import evaluate, full_precision, kernel_dtype
 from snell_lightning.adapters.recompute import Recipe
 
@@ -70,8 +69,12 @@ class UpdateRule:
             evaluation.fill(rows, buffer[rows])
         tau = None if self.dense else threshold(buffer, self.sparsity)
         if tau is not None or base is not None or factor != 1:
+            scratch = buffer.new_empty(0)
             for rows in tiles(buffer):
-                finish(buffer[rows], None if base is None else base[rows], tau, factor, self.sparsifier)
+                tile = buffer[rows]
+                if tau is not None:
+                    survivor_values_(shrink_(tile, tau), tau, self.sparsifier, scratch.resize_(tile.shape))
+                _put(tile, tile, None if base is None else base[rows], factor)
         return tau
 
     def backward(
@@ -96,11 +99,31 @@ class UpdateRule:
             rewrite: Whether the update is wanted.
         """
         evaluation = evaluate(self.kernel, out_factors, in_factors, self.scale)
+        buffers = out_factors.new_empty(0), out_factors.new_empty(0)
         for rows in tiles(grad):
-            tile_base = None if base is None else base[rows]
-            evaluation.backward(rows, grad[rows], tile_base, tau, factor, self.sparsifier, rewrite)
+            tile, scratch = (buffer.resize_(grad[rows].shape) for buffer in buffers)
+            evaluation.fill(rows, tile)
+            if tau is None:
+                scratch.copy_(grad[rows])
+            else:
+                survivor_slopes(shrink_(tile, tau), tau, self.sparsifier, out=scratch).mul_(grad[rows])
+            evaluation.accumulate(rows, scratch)
+            if rewrite:
+                if tau is not None:
+                    survivor_values_(tile, tau, self.sparsifier, scratch)
+                _put(grad[rows], tile, None if base is None else base[rows], factor)
         of_p, of_q = evaluation.gradients()
         return of_p.mul_(factor), of_q.mul_(factor)
+
+
+def _put(target: Tensor, values: Tensor, base: Tensor | None, factor: float) -> None:
+    """Write `base + factor * values` to `target`, rounded once; `values` may be overwritten."""
+    if base is None:
+        target.copy_(values if factor == 1 else values.mul_(factor))
+    elif target.dtype == values.dtype == base.dtype:
+        torch.add(base, values, alpha=factor, out=target)
+    else:
+        target.copy_(torch.add(base, values, alpha=factor))
 
 
 class SnellDelta(nn.Module):

@@ -20,8 +20,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from snell_lightning.adapters.fused import differ, finish, shrink_, slopes, turn
-
 # Distances in fewer columns than this are taken from differences: the expansion's error at small distances is large
 # there, and such distances are frequent.
 _FEW_COLUMNS = 8
@@ -33,30 +31,11 @@ class Evaluation(Protocol):
     def fill(self, rows: slice, out: Tensor) -> None:
         """Write these rows of the matrix to `out (rows, in)`."""
 
-    def backward(
-        self,
-        rows: slice,
-        grad: Tensor,
-        base: Tensor | None,
-        tau: Tensor | None,
-        factor: float,
-        sparsifier: str,
-        rewrite: bool,
-    ) -> None:
-        """Take the gradient of these rows of the update, and put `base + factor * update` in its place.
-
-        Args:
-            rows: Which rows.
-            grad: Gradient of the update `(rows, in)`; overwritten if `rewrite` is true.
-            base: What the update is added to, `(rows, in)`; zero by default.
-            tau: The threshold; None where every entry takes part.
-            factor: What the update is multiplied with.
-            sparsifier: Which.
-            rewrite: Whether the update is wanted.
-        """
+    def accumulate(self, rows: slice, grad: Tensor) -> None:
+        """Take the gradient `(rows, in)` of the rows that `fill` wrote last."""
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients of out and in factors from all that `backward` took."""
+        """Gradients of out and in factors from all that was accumulated."""
 
 
 class DistanceEvaluation:
@@ -87,45 +66,34 @@ class DistanceEvaluation:
         self._p = torch.cat([-2 * p, p_squares, torch.ones_like(p_squares)], 1)
         self._q = torch.cat([q, torch.ones_like(q_squares), q_squares], 1)
         self._columns = p.shape[1]
-        self._buffers = [p.new_empty(0) for _ in self.signs]
+        self._distances = p.new_empty(0)
         self._sums: tuple[Tensor, Tensor] | None = None
 
     def fill(self, rows: slice, out: Tensor) -> None:
-        """Write `K (rows, in)`."""
-        differ(out, self._squares(rows))
+        """Write `K (rows, in)`; the distances stay until the next call."""
+        p, columns = self._p[:, :, rows], self._columns
+        distances = self._distances.resize_(len(p), *out.shape)
+        if columns >= _FEW_COLUMNS:
+            torch.bmm(p.mT, self._q, out=distances).clamp_min_(0).sqrt_()
+        else:
+            for piece, of_piece in enumerate(distances):
+                p_rows, q_rows = self._p[piece, :columns, rows].T * -0.5, self._q[piece, :columns].T
+                of_piece.copy_(torch.cdist(p_rows, q_rows, compute_mode="donot_use_mm_for_euclid_dist"))
+        if len(distances) == 1:
+            out.copy_(distances[0])
+        else:
+            torch.sub(distances[0], distances[1], out=out)
+        for sign, of_piece in zip(self.signs[2:], distances[2:], strict=True):
+            out.add_(of_piece, alpha=sign)
 
-    def backward(
-        self,
-        rows: slice,
-        grad: Tensor,
-        base: Tensor | None,
-        tau: Tensor | None,
-        factor: float,
-        sparsifier: str,
-        rewrite: bool,
-    ) -> None:
-        """See `Evaluation`."""
+    def accumulate(self, rows: slice, grad: Tensor) -> None:
+        """Take the gradient `(rows, in)` of the rows that `fill` wrote last."""
         if self._sums is None:
             self._sums = torch.empty_like(self._p), torch.zeros_like(self._q)
-        squares = self._squares(rows)
-        turn(grad, squares, base, tau, factor, sparsifier, rewrite)
-        for piece, weights in enumerate(squares):
-            self._sums[0][piece, :, rows] = self._q[piece] @ weights.T
-            self._sums[1][piece].addmm_(self._p[piece, :, rows], weights)
-
-    def _squares(self, rows: slice) -> list[Tensor]:
-        """Squared distances of these rows, by piece."""
-        squares = []
-        for piece, buffer in enumerate(self._buffers):
-            p, q = self._p[piece, :, rows], self._q[piece]
-            out = buffer.resize_(p.shape[1], q.shape[1])
-            if self._columns >= _FEW_COLUMNS:
-                torch.mm(p.T, q, out=out)
-            else:
-                p, q = p[: self._columns].T * -0.5, q[: self._columns].T
-                out.copy_(torch.cdist(p, q, compute_mode="donot_use_mm_for_euclid_dist")).square_()
-            squares.append(out)
-        return squares
+        # 1 / 0 counts 0; a NaN stays one.
+        weights = self._distances.reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0).mul_(grad)
+        self._sums[0][:, :, rows] = torch.bmm(self._q, weights.mT)
+        self._sums[1].baddbmm_(self._p[:, :, rows], weights)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients of P and Q, in their shapes."""
@@ -156,27 +124,10 @@ class LinearEvaluation:
         """Write `K (rows, in)`."""
         torch.mm(self._p[:, rows].T, self._q, out=out)
 
-    def backward(
-        self,
-        rows: slice,
-        grad: Tensor,
-        base: Tensor | None,
-        tau: Tensor | None,
-        factor: float,
-        sparsifier: str,
-        rewrite: bool,
-    ) -> None:
-        """See `Evaluation`."""
-        tile = self._p.new_empty(grad.shape)
-        self.fill(rows, tile)
-        weights = grad.to(tile.dtype)
-        if tau is not None:
-            weights = weights * slopes(shrink_(tile.clone(), tau), tau, sparsifier)
-        self._sums[0][:, rows] = self._q @ weights.T
-        self._sums[1].addmm_(self._p[:, rows], weights)
-        if rewrite:
-            finish(tile, base, tau, factor, sparsifier)
-            grad.copy_(tile)
+    def accumulate(self, rows: slice, grad: Tensor) -> None:
+        """Add these rows' share of `grad Q` and `grad^T P`."""
+        self._sums[0][:, rows] = self._q @ grad.T
+        self._sums[1].addmm_(self._p[:, rows], grad)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients of P and Q, in their shapes."""

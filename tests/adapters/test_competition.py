@@ -5,8 +5,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from snell_lightning.adapters import SnellConfig, SnellDelta, UserError, fused
-from snell_lightning.adapters.competition import SPARSIFIERS, threshold
+from snell_lightning.adapters import SnellConfig, SnellDelta, UserError
+from snell_lightning.adapters.competition import (
+    SPARSIFIERS,
+    shrink_,
+    survivor_slopes,
+    survivor_values_,
+    threshold,
+)
 
 from . import reference
 
@@ -14,11 +20,11 @@ COMPETING = [name for name in SPARSIFIERS if name != "none"]
 
 
 def survivors(matrix: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
-    return fused.values_of(fused.shrink_(matrix.clone(), tau), tau, sparsifier)
+    return survivor_values_(shrink_(matrix.clone(), tau), tau, sparsifier, torch.empty_like(matrix))
 
 
 def slopes(matrix: Tensor, tau: Tensor, sparsifier: str) -> Tensor:
-    return fused.slopes(fused.shrink_(matrix.clone(), tau), tau, sparsifier)
+    return survivor_slopes(shrink_(matrix.clone(), tau), tau, sparsifier, torch.empty_like(matrix))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999])
