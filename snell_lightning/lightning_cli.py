@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from snell_lightning.adapters import SnellConfig
@@ -26,8 +27,29 @@ class SnellParser(LightningArgumentParser):
         raise ConfigError(message) from ex
 
 
+class SnellTrainer(Trainer):
+    """Lightning's Trainer with one verb more."""
+
+    def memory(self, model: Any, datamodule: ImageDataModule, budget: str | None = None) -> None:
+        """Plan the memory of a training step, without running one and without loading the backbone.
+
+        Prints what one process takes, by phase and by batch size, beside full fine-tuning, LoRA and a linear probe.
+
+        Args:
+            budget: Memory to fit into, such as 8GiB: prints the largest batch, and the setting that would help most.
+        """
+        from snell_lightning.memory import parse_bytes, report
+
+        report(model, datamodule.batch_size, None if budget is None else parse_bytes(budget))
+
+
 class SnellCLI(LightningCLI):
     """LightningCLI for `ImageClassifier` and `ImageDataModule`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands and our own, with the arguments that are not the user's to give."""
+        return {**LightningCLI.subcommands(), "memory": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Name the callbacks, and let the data decide what follows from it."""
@@ -42,6 +64,24 @@ class SnellCLI(LightningCLI):
         check_training_settings(model.warmup, model.layer_decay, model.label_smoothing, model.mixup, model.cutmix)
         if model.adapter is not None:
             SnellConfig(**model.adapter)
+        if self.subcommand == "memory":
+            # For a plan the model is described, not made.
+            self.parser.add_instantiator(self._describe, ImageClassifier, subclasses=False, prepend=True)
+            self.config.memory.trainer.logger = False
+
+    def _describe(self, _: type, **settings: Any) -> Any:
+        from snell_lightning.memory import Job
+
+        return Job(
+            backbone=settings["backbone"],
+            num_classes=settings["num_classes"],
+            adapter=settings["adapter"],
+            precision=self.config.memory.trainer.precision or "32-true",
+            backbone_dtype=settings["backbone_dtype"],
+            image_size=self.config.memory.data.image_size,
+            backbone_args=settings["backbone_args"] or {},
+            optimizer=settings["optimizer"],
+        )
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's settings were put below the command line's by `arrange_arguments` already."""
@@ -58,6 +98,7 @@ def run_cli(arguments: Sequence[str], run: bool) -> SnellCLI:
     return SnellCLI(
         ImageClassifier,
         ImageDataModule,
+        trainer_class=SnellTrainer,
         parser_class=SnellParser,
         seed_everything_default=0,
         trainer_defaults={

@@ -1,0 +1,258 @@
+"""Plan the memory of a training step: run the step on fake tensors, which have shapes but no data, and count.
+
+    model under fake tensors ──> forward ──> zero_grad ──> backward ──> optimizer step
+                                    │            counted by `StorageTracker`: (storage, +bytes), (storage, -bytes), ...
+                                    v
+    the same at a second batch size: where both made and freed the same storages in the same order, each storage's
+    size is affine in the batch size, and the whole step is known for every other batch size without running it
+
+The model is built by the code that a run uses, so whatever a backbone or an adapter keeps or makes is in the plan. The
+order within a step is Lightning's: the gradients of the step before live until forward is over. What is planned is a
+step on one device after the first one, when the optimizer's state exists.
+
+Counted are tensors. Left out are what an allocator rounds up and caches, a GPU's context, and the workspaces of
+libraries. Attention and convolutions are those of the CPU; a GPU's differ in small buffers only.
+"""
+
+import gc
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from snell_lightning.adapters import UserError
+from snell_lightning.backbones import create_backbone, data_config
+from snell_lightning.memory.job import WHOLE, Job, adapt, forward_context, levers
+from snell_lightning.memory.repeat import Repeats
+from snell_lightning.memory.trace import AffineTrace, Plan, Recorder, Trace
+
+# Tensors up to so many elements are made with data while a model is built: constructors read some of them.
+_SMALL = 4096
+# Between these batch sizes a step is computed from the two; a batch of one is special to many operations.
+_FEW, _MANY = 2, 256
+# No search goes beyond.
+_MOST = 1 << 20
+# Of all planners: what one has seen serves the others.
+_REPEATS = Repeats()
+
+
+class Planner:
+    """Plans of one job, for any batch size, without allocating its model.
+
+    Args:
+        job: What is run.
+
+    Raises:
+        UserError: The backbone or the adapter cannot be made as the job says.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._traces: dict[int, Trace] = {}
+
+    def plan(self, batch_size: int) -> Plan:
+        """The plan for a batch size of at least 1, from running the step on fake tensors."""
+        return self._trace(batch_size).plan(batch_size)
+
+    def plans(self, batch_sizes: Sequence[int]) -> list[Plan]:
+        """Plans for several batch sizes: as `plan` gives them, but only few steps are run."""
+        return [self._at(size) for size in batch_sizes]
+
+    def largest_batch(self, budget: int) -> int:
+        """The largest batch size whose peak is at most `budget` bytes; 0 if not even one image fits.
+
+        Exact with respect to `plan`: the batch found fits, and the next one does not.
+        """
+        low = self._affine.largest_batch(budget, _MOST) if self._affine else _FEW
+        if low < 1 or not self._fits(low, budget):
+            high, low = max(low, 1), 0
+        elif low >= _MOST or not self._fits(low + 1, budget):
+            return low
+        else:
+            high = 2 * low
+            while high < _MOST and self._fits(high, budget):
+                low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._fits(middle, budget):
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def likely_largest_batch(self, budget: int) -> int:
+        """What `largest_batch` gives as a rule, from the steps that `plans` runs too."""
+        return self._affine.largest_batch(budget, _MOST) if self._affine else self.largest_batch(budget)
+
+    def _at(self, batch_size: int) -> Plan:
+        if _FEW < batch_size < _MANY and batch_size not in self._traces and self._affine:
+            return self._affine.at(batch_size).plan(batch_size)
+        return self.plan(batch_size)
+
+    def _fits(self, batch_size: int, budget: int) -> bool:
+        return self.plan(batch_size).peak <= budget
+
+    @cached_property
+    def _affine(self) -> "AffineTrace | None":
+        return AffineTrace.through({size: self._trace(size) for size in (_FEW, _MANY)})
+
+    @cached_property
+    def _subject(self) -> "_Subject":
+        return _Subject(self.job, self._fake)
+
+    def _trace(self, batch_size: int) -> "Trace":
+        if batch_size not in self._traces:
+            self._traces[batch_size] = self._subject.trace(batch_size)
+        return self._traces[batch_size]
+
+
+def measure(job: Job, batch_size: int) -> Plan:
+    """What `Planner.plan` plans, counted on a step that is really run, on the CPU and with random weights."""
+    return _Subject(job, None).trace(batch_size).plan(batch_size)
+
+
+def best_lever(job: Job, budget: int) -> tuple[str, int] | None:
+    """The one setting more that allows the largest batch within `budget` bytes, and that batch; None if none is left"""
+    planners = {setting: Planner(changed) for setting, changed in levers(job).items()}
+    if not planners:
+        return None
+    best = max(planners, key=lambda setting: planners[setting].likely_largest_batch(budget))
+    return best, planners[best].largest_batch(budget)
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from `8GiB`, `500 MB` or `123456`: KiB, MiB, GiB are powers of 1024, KB, MB, GB powers of 1000.
+
+    Raises:
+        UserError: The text is no such size, or not above zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if match is None or match[2].lower() not in _UNITS:
+        raise UserError(f"{text!r} is no size; write bytes, or a number with KiB, MiB, GiB, KB, MB or GB, such as 8GiB")
+    size = int(float(match[1]) * _UNITS[match[2].lower()])
+    if size < 1:
+        raise UserError(f"a size must be above zero, not {text!r}")
+    return size
+
+
+class _Subject:
+    """A job's model and optimizer between two steps, on fake tensors or, with no fake mode, on real ones."""
+
+    def __init__(self, job: Job, fake: FakeTensorMode | None) -> None:
+        self.job = job
+        self._fake = fake
+        self._mode: AbstractContextManager = nullcontext() if fake is None else fake
+        channels, *own = data_config(job.backbone)["input_size"]
+        height, width = own if job.image_size is None else (job.image_size, job.image_size)
+        self._shape = (channels, height, width)
+        with torch.random.fork_rng(devices=[]):
+            with nullcontext() if fake is None else _Unallocated(fake):
+                model = create_backbone(job.backbone, job.num_classes, pretrained=False, **job.backbone_args)
+            if fake is not None:
+                _make_fake(model, fake)
+            with self._mode:
+                self.model = adapt(model, job)
+                self._trained = [p for p in self.model.parameters() if p.requires_grad]
+                self.optimizer = job.optimizer(self._trained)
+
+    def trace(self, batch_size: int) -> Trace:
+        """Run one step and record it. It starts with the gradients and the state that another step left."""
+        # The collector would free what lies in reference cycles at arbitrary times.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with self._mode, torch.random.fork_rng(devices=[]):
+                if self._fake is None:
+                    self._record(batch_size)
+                    return self._record(batch_size)
+                self._pretend_a_step()
+                trace = self._record(batch_size)
+                if len(self._gradients()) < len(self._trained):
+                    # Something trained takes no part in the loss.
+                    self._trained = [p for p in self._trained if p.grad is not None]
+                    self.optimizer.state.clear()
+                    return self.trace(batch_size)
+                return trace
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _pretend_a_step(self) -> None:
+        """Make the gradients and the state of a step without running its forward and backward."""
+        for parameter in self._trained:
+            parameter.grad = torch.empty_like(parameter)
+        if not self.optimizer.state:
+            self.optimizer.step()
+
+    def _record(self, batch_size: int) -> Trace:
+        whole = WHOLE.get(self.job.precision, torch.float32)
+        images = torch.zeros(batch_size, *self._shape, dtype=whole)
+        labels = torch.zeros(batch_size, dtype=torch.long)
+        recorder = Recorder()
+        recorder.add_as("weights", [*self.model.parameters(), *self.model.buffers()])
+        recorder.add_as("gradients", self._gradients())
+        recorder.add_as("optimizer", self._state())
+        recorder.add_as("images", [images, labels])
+        with recorder, nullcontext() if self._fake is None else _REPEATS.booked(recorder):
+            # The loss scaling of fp16 makes no tensor of any size.
+            with forward_context(self.job.precision):
+                loss = F.cross_entropy(self.model(images), labels)
+            recorder.end("forward")
+            recorder.classify("activations")
+            self.optimizer.zero_grad()
+            loss.backward()
+            recorder.end("backward")
+            recorder.classify("gradients", self._gradients())
+            self.optimizer.step()
+            recorder.end("step")
+            recorder.classify("optimizer", self._state())
+        return recorder.trace()
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def _state(self) -> list[Tensor]:
+        return [value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+
+
+class _Unallocated(TorchDispatchMode):
+    """While a model is built: large tensors are fake, small ones real, since constructors read some of them."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self._fake = fake
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation on tensors as they are; what makes a tensor from nothing is tried out on a fake one."""
+        kwargs = kwargs or {}
+        if any(isinstance(argument, Tensor) for argument in args):
+            return func(*args, **kwargs)
+        with self._fake:
+            result = func(*args, **kwargs)
+        small = isinstance(result, Tensor) and result.numel() <= _SMALL and result.device.type == "cpu"
+        return func(*args, **kwargs) if small else result
+
+
+def _make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
+    """Replace the parameters and buffers of a model that are real."""
+    replaced: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and not isinstance(tensor, FakeTensor):
+                    if id(tensor) not in replaced:
+                        replaced[id(tensor)] = fake.from_tensor(tensor)
+                    tensors[name] = replaced[id(tensor)]  # type: ignore[assignment]
