@@ -17,7 +17,7 @@ SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 def commands(path: Path) -> list[str]:
     """What follows `python -m snell_lightning`, or `torchrun ... -m snell_lightning`, on the lines of a file."""
     text = re.sub(r"\\\n[# ]*", "", path.read_text(encoding="utf-8"))
-    return re.findall(r"-m snell_lightning ((?:fit|validate|test|predict) [^`\n]*)", text)
+    return re.findall(r"-m snell_lightning ((?:fit|validate|test|predict|memory) [^`\n]*)", text)
 
 
 ALL = [(path.relative_to(ROOT).as_posix(), command) for path in SHOWN for command in commands(path)]
