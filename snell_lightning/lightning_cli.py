@@ -67,7 +67,11 @@ class SnellCLI(LightningCLI):
         if self.subcommand == "memory":
             # For a plan the model is described, not made.
             self.parser.add_instantiator(self._describe, ImageClassifier, subclasses=False, prepend=True)
-            self.config.memory.trainer.logger = False
+            # Nothing runs: a job for eight GPUs is planned on a machine without one.
+            trainer = self.config.memory.trainer
+            self._planned_precision = trainer.precision or "32-true"
+            trainer.precision, trainer.accelerator, trainer.devices = None, "cpu", 1
+            trainer.num_nodes, trainer.strategy, trainer.logger = 1, "auto", False
 
     def _describe(self, _: type, **settings: Any) -> Any:
         from snell_lightning.memory import Job
@@ -76,7 +80,7 @@ class SnellCLI(LightningCLI):
             backbone=settings["backbone"],
             num_classes=settings["num_classes"],
             adapter=settings["adapter"],
-            precision=self.config.memory.trainer.precision or "32-true",
+            precision=self._planned_precision,
             backbone_dtype=settings["backbone_dtype"],
             image_size=self.config.memory.data.image_size,
             backbone_args=settings["backbone_args"] or {},

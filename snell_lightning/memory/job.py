@@ -105,6 +105,16 @@ class LoraLayer(nn.Module):
             self.down = nn.Linear(base.in_features, rank, bias=False)
             self.up = nn.Linear(rank, base.out_features, bias=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's, which some models look at."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen layer's."""
+        return self.base.bias  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with the update added, in the layer's own type."""
         y = self.base(x)

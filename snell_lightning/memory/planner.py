@@ -11,7 +11,8 @@ order within a step is Lightning's: the gradients of the step before live until 
 step on one device after the first one, when the optimizer's state exists.
 
 Counted are tensors. Left out are what an allocator rounds up and caches, a GPU's context, and the workspaces of
-libraries. Attention and convolutions are those of the CPU; a GPU's differ in small buffers only.
+libraries. Attention and convolutions are those of the CPU; a GPU's differ in small buffers only. Of an adapter's drop
+path the plan is the worst case, that it drops the update of every image.
 """
 
 import gc
@@ -31,7 +32,7 @@ from snell_lightning.adapters import UserError
 from snell_lightning.backbones import create_backbone, data_config
 from snell_lightning.memory.job import WHOLE, Job, adapt, forward_context, levers
 from snell_lightning.memory.repeat import Repeats
-from snell_lightning.memory.trace import AffineTrace, Plan, Recorder, Trace
+from snell_lightning.memory.trace import AffineTrace, Plan, Recorder, Trace, read_number
 
 # Tensors up to so many elements are made with data while a model is built: constructors read some of them.
 _SMALL = 4096
@@ -238,6 +239,8 @@ class _Unallocated(TorchDispatchMode):
     ) -> Any:
         """Run an operation on tensors as they are; what makes a tensor from nothing is tried out on a fake one."""
         kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return read_number(args[0])
         if any(isinstance(argument, Tensor) for argument in args):
             return func(*args, **kwargs)
         with self._fake:

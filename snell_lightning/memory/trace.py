@@ -53,6 +53,14 @@ class Plan:
     at_peak: Mapping[str, int]
 
 
+def read_number(tensor: Tensor) -> bool | int | float:
+    """What `tensor.item()` gives; of a tensor without data, False or 1."""
+    try:
+        return torch.ops.aten._local_scalar_dense.default(tensor)
+    except DataDependentOutputException:
+        return False if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
+
+
 # Operations that change nothing but the numbers of their first tensor, as optimizers use them; without numbers there is
 # nothing to do. A single number is kept up to date: fake tensors know those that were given.
 _OVERWRITING = frozenset(
@@ -134,18 +142,14 @@ class Recorder(StorageTracker):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation; on a tensor without data, shortly, and a number that is read from it is 1, or False."""
+        """Run an operation; on a tensor without data, as little of it as counts."""
         if args and isinstance(args[0], FakeTensor):
             if func is torch.ops.prim.device.default:
                 return args[0].fake_device
             if func in _OVERWRITING and args[0].numel() > 1:
                 return args[0]
             if func is torch.ops.aten._local_scalar_dense.default:
-                try:
-                    return func(*args, **(kwargs or {}))
-                except DataDependentOutputException:
-                    dtype = args[0].dtype
-                    return 1.0 if dtype.is_floating_point else dtype != torch.bool and 1
+                return read_number(args[0])
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _change(self, key: int, delta: int) -> None:

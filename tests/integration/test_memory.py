@@ -44,6 +44,12 @@ def test_answers_what_fits_a_budget_and_what_would_help(plan: Callable[..., str]
     assert "What helps most is" in printed
 
 
+def test_plans_a_job_for_gpus_on_a_machine_without(plan: Callable[..., str]) -> None:
+    printed = plan("--trainer.accelerator", "gpu", "--trainer.devices", "8", "--trainer.precision", "16-mixed")
+
+    assert "16-mixed" in printed
+
+
 def test_downloads_nothing_and_leaves_no_files(
     plan: Callable[..., str], tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
