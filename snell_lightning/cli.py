@@ -1,6 +1,6 @@
 """The command line: shipped configs, what beats what, and errors of one line.
 
-    python -m snell_lightning {fit,validate,test,predict,memory} --config vit.yaml [--config MORE.yaml ...] [--KEY VALUE ...]
+    python -m snell_lightning {fit,validate,test,predict,memory} --config vit.yaml [--config MORE.yaml] [--KEY VALUE]
 
 What is given later wins: built-in defaults, then configs from left to right, then the settings a checkpoint was made
 with (where `--ckpt_path` names one), then values on the command line, wherever they stand.

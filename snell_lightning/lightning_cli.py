@@ -36,6 +36,8 @@ class SnellTrainer(Trainer):
         Prints what one process takes, by phase and by batch size, beside full fine-tuning, LoRA and a linear probe.
 
         Args:
+            model: The job, as `SnellCLI` describes it for this verb.
+            datamodule: Its data.
             budget: Memory to fit into, such as 8GiB: prints the largest batch, and the setting that would help most.
         """
         from snell_lightning.memory import parse_bytes, report

@@ -52,8 +52,8 @@ class ImageClassifier(LightningModule):
         num_classes: Number of classes; on the command line it comes from the data.
         pretrained: Start from pretrained weights. If they cannot be had, that is an error.
         backbone_args: Further arguments of `timm.create_model`, such as `drop_path_rate`.
-        backbone_dtype: Type in which the adapted layers' frozen weights are held. bfloat16 halves their memory and rounds
-            them once; what is trained stays in fp32.
+        backbone_dtype: Type in which the adapted layers' frozen weights are held. bfloat16 halves their memory and
+            rounds them once; what is trained stays in fp32.
         adapter: What is tuned and how; null trains the head alone (a linear probe).
         adapter_file: An adapter file to start from, or to test or predict with. On the command line its settings hold.
         optimizer: Makes the optimizer from parameter groups.
