@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 
+# Imported first, as on the command line: Python keeps one object for `int | float` and `float | int`, that of the
+# module that wrote it first, and it decides whether a 4 in a config is parsed as 4 or as 4.0.
+import lightning.pytorch  # noqa: F401
 import pytest
 import torch
 
