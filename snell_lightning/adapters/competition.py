@@ -29,7 +29,7 @@ SPARSIFIERS = ("magnitude", "soft", "hard", "none")
 # Entries that are worked on at once: what fits the processor's cache, or keeps an accelerator busy.
 _TILE_ON_CPU, _TILE_ON_ACCELERATOR = 2**18, 2**22
 # Entries that are sampled to find the threshold's neighbourhood, and how many standard deviations that reaches.
-_SAMPLE, _DEVIATIONS = 2**14, 4.0
+SAMPLE, _DEVIATIONS = 2**14, 4.0
 
 
 def tiles(matrix: Tensor) -> Iterator[slice]:
@@ -51,7 +51,7 @@ def threshold(matrix: Tensor, sparsity: float) -> Tensor:
         sparsity: Fraction of the entries to drop, in [0, 1).
     """
     count = matrix.numel()
-    rank = math.floor(sparsity * (count - 1)) + 1
+    rank = survivors_rank(count, sparsity)
     if isinstance(matrix, FakeTensor):
         return matrix.new_empty(())
     if matrix.device.type == "cuda":
@@ -60,7 +60,7 @@ def threshold(matrix: Tensor, sparsity: float) -> Tensor:
         largest = kept <= rank
         values = matrix.abs().flatten().topk(kept if largest else rank, largest=largest, sorted=False).values
         return values.amin() if largest else values.amax()
-    found = _by_sample(matrix, rank) if matrix.device.type == "cpu" and count > 8 * _SAMPLE else None
+    found = _by_sample(matrix, rank) if matrix.device.type == "cpu" and count > 8 * SAMPLE else None
     return matrix.abs().flatten().kthvalue(rank).values if found is None else found
 
 
@@ -103,18 +103,40 @@ def survivor_slopes(winners: Tensor, tau: Tensor, sparsifier: str, out: Tensor) 
     return out.mul_(2).sub_(alive.mul_(tau)) if sparsifier == "soft" else out.copy_(alive)
 
 
-def _by_sample(matrix: Tensor, rank: int) -> Tensor | None:
-    """The value of that rank, or None where it is not between the two values that a sample gives."""
-    entries = matrix.flatten()
-    step = len(entries) // _SAMPLE
+def survivors_rank(count: int, sparsity: float) -> int:
+    """The rank, from 1 for the smallest, of the absolute value among `count` that survivors are above."""
+    return math.floor(sparsity * (count - 1)) + 1
+
+
+def sample_step(matrix: Tensor) -> int:
+    """The distance between the entries of a sample of `SAMPLE` entries or somewhat fewer."""
+    step = matrix.numel() // SAMPLE
     while math.gcd(step, matrix.shape[-1]) > 1:  # else the sample would see some columns only
         step += 1
-    sample = entries[::step].abs()
-    middle = rank / len(entries) * len(sample)
+    return step
+
+
+def bracket(sample: Tensor, fraction: float) -> tuple[float, float]:
+    """Two values between which that quantile of the whole lies, but for one case in ten thousand.
+
+    Args:
+        sample: Absolute values `(count,)`.
+        fraction: Which quantile.
+    """
+    if isinstance(sample, FakeTensor):
+        return -math.inf, math.inf
+    middle = fraction * len(sample)
     spread = _DEVIATIONS * math.sqrt(middle * max(0.0, 1 - middle / len(sample))) + 2
     first, last = math.floor(middle - spread), math.ceil(middle + spread)
     low = sample.kthvalue(first).values.item() if first >= 1 else -math.inf
     high = sample.kthvalue(last).values.item() if last <= len(sample) else math.inf
+    return low, high
+
+
+def _by_sample(matrix: Tensor, rank: int) -> Tensor | None:
+    """The value of that rank, or None where it is not between the two values that a sample gives."""
+    entries = matrix.flatten()
+    low, high = bracket(entries[:: sample_step(matrix)].abs(), rank / len(entries))
     below, between = 0, []
     scratch = entries.new_empty(min(_TILE_ON_CPU, len(entries)))
     for chunk in entries.split(_TILE_ON_CPU):

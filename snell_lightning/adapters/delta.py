@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from snell_lightning.adapters import compiled
 from snell_lightning.adapters.competition import shrink_, survivor_slopes, survivor_values_, threshold, tiles
 from snell_lightning.adapters.config import SnellConfig, check_fraction
 from snell_lightning.adapters.kernels import evaluate, full_precision, kernel_dtype
@@ -64,6 +65,9 @@ class UpdateRule:
         Returns:
             The threshold; None where the update is dense.
         """
+        if compiled.applies(self.kernel, out_factors, in_factors, base):
+            kind, sparsity = ("none", None) if self.dense else (self.sparsifier, self.sparsity)
+            return compiled.write(out_factors, in_factors, self.scale, kind, sparsity, buffer, base, factor)
         evaluation = evaluate(self.kernel, out_factors, in_factors, self.scale)
         for rows in tiles(buffer):
             evaluation.fill(rows, buffer[rows])
@@ -98,6 +102,9 @@ class UpdateRule:
             factor: As in `write`.
             rewrite: Whether the update is wanted.
         """
+        if compiled.applies(self.kernel, out_factors, in_factors, base, grad):
+            kind = "none" if tau is None else self.sparsifier
+            return compiled.backward(out_factors, in_factors, self.scale, kind, tau, grad, base, factor, rewrite)
         evaluation = evaluate(self.kernel, out_factors, in_factors, self.scale)
         buffers = out_factors.new_empty(0), out_factors.new_empty(0)
         for rows in tiles(grad):

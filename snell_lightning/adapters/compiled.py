@@ -1,0 +1,333 @@
+"""The distance kernel and the competition on the CPU as one compiled loop: what the update costs there is a third.
+
+Elementwise operations of torch read and write a matrix once each; here a few rows of it stay in the processor's first
+cache from distances to update, and the factors' gradients see the survivors only. The numbers are those of
+`kernels.py` and `competition.py` but for the order of sums (1e-6 of their size).
+
+The code (`compiled.c`) is built by the system's C compiler when it is first needed, in about a second, and kept in the
+user's cache folder. It runs on torch's own OpenMP threads. Where there is no compiler, where torch has threads of
+another kind, or where the environment says SNELL_COMPILE=0, torch's operations do the same.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from snell_lightning.adapters.competition import SAMPLE, bracket, sample_step, survivors_rank, threshold
+
+_SOURCE = Path(__file__).with_name("compiled.c")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
+_BLOCK = 32  # columns that the code works on at once; rows of the transposed factors are padded to it
+_SPARSIFIERS = {"magnitude": 0, "soft": 1, "hard": 2, "none": 2}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_ROWS = 4  # rows that it works on at once
+_WORTH_THREADS = 2**15  # entries of a matrix that more than one thread is started for
+_ROOM = 12  # one entry in so many fits between the sample's two values; 2 to 3 percent are expected
+# No absolute value is below it: every entry survives.
+_DENSE = -1.0
+
+_log = logging.getLogger(__name__)
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("p", "q", "qt", "scratch")),
+        *((name, ctypes.c_int64) for name in ("pieces", "rows", "width", "columns", "stride", "room")),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int),
+    )
+
+
+def applies(kernel: str, out_factors: Tensor, in_factors: Tensor, *others: Tensor | None) -> bool:
+    """Whether this module does the work: the distance kernel on the CPU in fp32, other matrices in fp32 or bf16.
+
+    Args:
+        kernel: Its name.
+        out_factors: P.
+        in_factors: Q.
+        others: The matrices that are read or written along the way.
+    """
+    return (
+        kernel == "distance"
+        and out_factors.device.type == "cpu"
+        and out_factors.dtype == in_factors.dtype == torch.float32
+        and all(other is None or other.dtype in _TYPES for other in others)
+        and _library() is not None
+    )
+
+
+def write(
+    out_factors: Tensor,
+    in_factors: Tensor,
+    scale: float,
+    sparsifier: str,
+    sparsity: float | None,
+    buffer: Tensor,
+    base: Tensor | None,
+    factor: float,
+) -> Tensor | None:
+    """Write `base + factor * update` to `buffer`, as `UpdateRule.write` does.
+
+    Args:
+        out_factors: P `(pieces, out, columns)`.
+        in_factors: Q `(pieces, in, columns)`.
+        scale: Size of the kernel's coefficients.
+        sparsifier: Which.
+        sparsity: Fraction to drop; None drops nothing.
+        buffer: `(out, in)`, contiguous, fp32.
+        base: `(out, in)`, fp32 or bf16, or None.
+        factor: What the update is multiplied with.
+
+    Returns:
+        The threshold; None where nothing is dropped.
+    """
+    operands = _operands(out_factors, in_factors)
+    tau = _fill(operands, scale, buffer, sparsity)
+    if tau is not None or base is not None or factor != 1:
+        base = None if base is None else base.contiguous()
+        torch.ops.snell.finish(*operands, buffer, _number(tau), _SPARSIFIERS[sparsifier], base, factor)
+    return tau
+
+
+def backward(
+    out_factors: Tensor,
+    in_factors: Tensor,
+    scale: float,
+    sparsifier: str,
+    tau: Tensor | None,
+    grad: Tensor,
+    base: Tensor | None,
+    factor: float,
+    rewrite: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both factors, as `UpdateRule.backward` gives them.
+
+    Args:
+        out_factors: P `(pieces, out, columns)`.
+        in_factors: Q `(pieces, in, columns)`.
+        scale: Size of the kernel's coefficients.
+        sparsifier: Which.
+        tau: The threshold, or None.
+        grad: `(out, in)`, fp32 or bf16; overwritten with `base + factor * update` if `rewrite` is true, and then
+            contiguous.
+        base: As in `write`.
+        factor: As in `write`.
+        rewrite: Whether the update is wanted.
+    """
+    operands = _operands(out_factors, in_factors)
+    of_p = torch.zeros_like(operands[0])
+    of_q = operands[1].new_zeros(len(operands[-1]), *operands[1].shape)
+    base = None if base is None else base.contiguous()
+    torch.ops.snell.backward(
+        *operands, scale, _number(tau), _SPARSIFIERS[sparsifier], grad.contiguous(), base, factor, rewrite, of_p, of_q
+    )
+    return of_p.mul_(factor), of_q.sum(0).mul_(factor)
+
+
+def _operands(out_factors: Tensor, in_factors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P, Q, Q transposed and padded, and scratch `(threads, floats)`."""
+    p, q = out_factors.contiguous(), in_factors.contiguous()
+    pieces, width, columns = q.shape
+    padded = q.new_zeros(pieces, columns, -(-width // _BLOCK) * _BLOCK)
+    padded[:, :, :width] = q.mT
+    threads = torch.get_num_threads() if p.shape[1] * width >= _WORTH_THREADS else 1
+    return p, q, padded, q.new_empty(threads, pieces * _ROWS * padded.shape[-1] + 5 * width)
+
+
+def _fill(operands: tuple[Tensor, ...], scale: float, buffer: Tensor, sparsity: float | None) -> Tensor | None:
+    """Write K to `buffer`; its threshold, or None if nothing is to be dropped.
+
+    A sample of K tells between which two values the threshold lies. What lies there is collected on the way.
+    """
+    scratch = operands[-1]
+    entries, threads = buffer.numel(), len(scratch)
+    counts = torch.empty(threads, 2, dtype=torch.int64)
+    sampled = sparsity is not None and entries > 8 * SAMPLE
+    low = high = 0.0
+    candidates = buffer.new_empty(threads, entries // (_ROOM * threads) + buffer.shape[1] if sampled else 0)
+    rank = 0 if sparsity is None else survivors_rank(entries, sparsity)
+    if sampled:
+        step = sample_step(buffer)
+        sample = buffer.new_empty(entries // step)
+        torch.ops.snell.sample(*operands, scale, step, sample)
+        low, high = bracket(sample, rank / entries)
+    torch.ops.snell.fill(*operands, scale, buffer, low, high, candidates, counts)
+    if sparsity is None:
+        return None
+    if isinstance(buffer, FakeTensor):
+        return buffer.new_empty(())
+    if sampled:
+        below, inside = counts[:, 0].sum().item(), counts[:, 1].tolist()
+        if min(inside) >= 0 and below < rank <= below + sum(inside):
+            found = torch.cat([kept[:count] for kept, count in zip(candidates, inside, strict=True)])
+            return found.kthvalue(int(rank - below)).values
+    return threshold(buffer, sparsity)
+
+
+def _number(tau: Tensor | None) -> float:
+    """A threshold as a number, one below every absolute value where there is none."""
+    return _DENSE if tau is None or isinstance(tau, FakeTensor) else tau.item()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled code, or None where it cannot be had."""
+    if os.environ.get("SNELL_COMPILE") == "0":
+        return None
+    try:
+        return _build()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        _log.info("no compiled kernel, torch's operations are used: %s", error)
+        return None
+
+
+def _build() -> ctypes.CDLL:
+    """Load the compiled code from the user's cache, built first if it is not there."""
+    compiler = os.environ.get("CC", "cc")
+    version = _run(compiler, "--version")
+    identity = "\n".join([*_FLAGS, version, platform.machine(), _processor(), _SOURCE.read_text(encoding="utf-8")])
+    name = f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snell_lightning"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Code is loaded from there: only a folder that nobody else can write to will do.
+        status = cache.stat()
+        private = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    except OSError:
+        private = False
+    if private and (cache / name).is_file():
+        return ctypes.CDLL(str(cache / name))
+    with tempfile.TemporaryDirectory(dir=cache if private else None) as folder:
+        _run(compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{folder}/code.o")
+        # Linked without OpenMP: it takes that of the process, torch's. A second one would compete for the processor.
+        _run(compiler, "-shared", f"{folder}/code.o", "-o", f"{folder}/code.so", "-lm")
+        library = ctypes.CDLL(f"{folder}/code.so")
+        if private:
+            os.replace(f"{folder}/code.so", cache / name)
+        return library
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _processor() -> str:
+    """What the processor can do, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _problem(p: Tensor, q: Tensor, padded: Tensor, scratch: Tensor, scale: float = 1.0) -> _Problem:
+    pieces, rows, columns = p.shape
+    pointers = (tensor.data_ptr() for tensor in (p, q, padded, scratch))
+    return _Problem(
+        *pointers, pieces, rows, q.shape[1], columns, padded.shape[-1], scratch.shape[1], scale, len(scratch)
+    )
+
+
+def _call(name: str, problem: _Problem, *arguments: Tensor | int | float | None) -> None:
+    """Call a function of the code: tensors are passed as pointers, int as int64 and float as float."""
+    passed = [
+        ctypes.c_void_p(argument.data_ptr())
+        if isinstance(argument, Tensor)
+        else ctypes.c_float(argument)
+        if isinstance(argument, float)
+        else ctypes.c_int64(argument)
+        if isinstance(argument, int)
+        else None
+        for argument in arguments
+    ]
+    getattr(_library(), name)(ctypes.byref(problem), *passed)
+
+
+def _sample(p: Tensor, q: Tensor, padded: Tensor, scratch: Tensor, scale: float, step: int, out: Tensor) -> None:
+    _call("snell_sample", _problem(p, q, padded, scratch, scale), step, len(out), out)
+
+
+def _fill_op(
+    p: Tensor,
+    q: Tensor,
+    padded: Tensor,
+    scratch: Tensor,
+    scale: float,
+    out: Tensor,
+    low: float,
+    high: float,
+    candidates: Tensor,
+    counts: Tensor,
+) -> None:
+    problem = _problem(p, q, padded, scratch, scale)
+    _call("snell_fill", problem, out, low, high, candidates, candidates.shape[1], counts)
+
+
+def _finish(
+    p: Tensor,
+    q: Tensor,
+    padded: Tensor,
+    scratch: Tensor,
+    matrix: Tensor,
+    tau: float,
+    sparsifier: int,
+    base: Tensor | None,
+    factor: float,
+) -> None:
+    problem = _problem(p, q, padded, scratch)
+    _call("snell_finish", problem, matrix, tau, sparsifier, base, _type(base), factor)
+
+
+def _backward(
+    p: Tensor,
+    q: Tensor,
+    padded: Tensor,
+    scratch: Tensor,
+    scale: float,
+    tau: float,
+    sparsifier: int,
+    grad: Tensor,
+    base: Tensor | None,
+    factor: float,
+    rewrite: bool,
+    of_p: Tensor,
+    of_q: Tensor,
+) -> None:
+    problem = _problem(p, q, padded, scratch, scale)
+    arguments = grad, _type(grad), base, _type(base), factor, int(rewrite), of_p, of_q
+    _call("snell_backward", problem, tau, sparsifier, *arguments)
+
+
+def _type(matrix: Tensor | None) -> int:
+    return 0 if matrix is None else _TYPES[matrix.dtype]
+
+
+# As operations of torch, so that tensors without data, modes that count storages and compilers see what is written.
+_OPERANDS = "Tensor p, Tensor q, Tensor padded, Tensor(x!) scratch"
+_OPERATIONS = {
+    f"sample({_OPERANDS}, float scale, int step, Tensor(a!) out) -> ()": _sample,
+    f"fill({_OPERANDS}, float scale, Tensor(a!) out, float low, float high, Tensor(b!) candidates, Tensor(c!) counts)"
+    " -> ()": _fill_op,
+    f"finish({_OPERANDS}, Tensor(a!) matrix, float tau, int sparsifier, Tensor? base, float factor) -> ()": _finish,
+    f"backward({_OPERANDS}, float scale, float tau, int sparsifier, Tensor(a!) grad, Tensor? base, float factor,"
+    " bool rewrite, Tensor(b!) of_p, Tensor(c!) of_q) -> ()": _backward,
+}
+_operations = torch.library.Library("snell", "DEF")
+for _schema, _function in _OPERATIONS.items():
+    _operations.define(_schema)
+    _name = _schema.partition("(")[0]
+    _operations.impl(_name, _function, "CPU")
+    _operations.impl(_name, lambda *_, **__: None, "Meta")
