@@ -17,6 +17,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,9 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fop
 _BLOCK = 32  # columns that the code works on at once; rows of the transposed factors are padded to it
 _SPARSIFIERS = {"magnitude": 0, "soft": 1, "hard": 2, "none": 2}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_LANES = 16  # entries that one instruction works on
+_CHUNK = 512  # rows of the input that are transposed at once
+SPARSE = 0.75  # from here on the survivors' gradients alone cost less than the product
 _ROWS = 4  # rows that it works on at once
 _WORTH_THREADS = 2**15  # entries of a matrix that more than one thread is started for
 _ROOM = 12  # one entry in so many fits between the sample's two values; 2 to 3 percent are expected
@@ -130,6 +134,74 @@ def backward(
     base = None if base is None else base.contiguous()
     torch.ops.snell.backward(
         *operands, scale, _number(tau), _SPARSIFIERS[sparsifier], grad.contiguous(), base, factor, rewrite, of_p, of_q
+    )
+    return of_p.mul_(factor), of_q.sum(0).mul_(factor)
+
+
+def sampled_backward(
+    out_factors: Tensor,
+    in_factors: Tensor,
+    scale: float,
+    sparsifier: str,
+    sparsity: float,
+    tau: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    rows: Sequence[slice],
+    out: Tensor | None,
+    base: Tensor | None,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both factors from the output's; the product `grad_y^T x` is made where there are survivors only.
+
+    Args:
+        out_factors: P `(pieces, out, columns)`.
+        in_factors: Q `(pieces, in, columns)`.
+        scale: Size of the kernel's coefficients.
+        sparsifier: Which.
+        sparsity: Fraction to drop.
+        tau: The threshold.
+        grad_y: `(rows, out)`, fp32 or bf16.
+        x: `(rows, in)` of the same type.
+        rows: Ranges of rows to sum over.
+        out: `(out, in)`, fp32 or bf16, where `base + factor * update` is written; None if that is not wanted.
+        base: As in `write`.
+        factor: As in `write`.
+    """
+    operands = _operands(out_factors, in_factors)
+    p, q, _, scratch = operands
+    (height, width), threads = (p.shape[1], q.shape[1]), len(scratch)
+    of_p, of_q = torch.zeros_like(p), q.new_zeros(threads, *q.shape)
+    tokens = torch.cat([torch.arange(each.start, each.stop) for each in rows]) if rows else torch.empty(0).long()
+    # Beyond tau there are fewer than this, the lists' room is exact but for ties.
+    kept = height * width - survivors_rank(height * width, sparsity)
+    index = torch.empty(kept, dtype=torch.int32)
+    values, of_k = q.new_empty(kept), q.new_empty(kept)
+    places = torch.zeros(2 * height + 1, dtype=torch.int64)
+    chunk = min(_CHUNK, -(-len(x) // _LANES) * _LANES)
+    turned = q.new_empty(width * (chunk + _LANES) + threads * _LANES * chunk)
+    grad_y, x = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (grad_y, x))
+    base = None if base is None else base.contiguous()
+    kind = _SPARSIFIERS[sparsifier]
+    torch.ops.snell.sampled(
+        *operands,
+        scale,
+        _number(tau),
+        kind,
+        grad_y,
+        x,
+        tokens,
+        chunk,
+        index,
+        values,
+        of_k,
+        places,
+        turned,
+        out,
+        base,
+        factor,
+        of_p,
+        of_q,
     )
     return of_p.mul_(factor), of_q.sum(0).mul_(factor)
 
@@ -311,6 +383,64 @@ def _backward(
     _call("snell_backward", problem, tau, sparsifier, *arguments)
 
 
+def _sampled(
+    p: Tensor,
+    q: Tensor,
+    padded: Tensor,
+    scratch: Tensor,
+    scale: float,
+    tau: float,
+    sparsifier: int,
+    grad_y: Tensor,
+    x: Tensor,
+    tokens: Tensor,
+    chunk: int,
+    index: Tensor,
+    values: Tensor,
+    of_k: Tensor,
+    places: Tensor,
+    turned: Tensor,
+    out: Tensor | None,
+    base: Tensor | None,
+    factor: float,
+    of_p: Tensor,
+    of_q: Tensor,
+) -> None:
+    starts, counts, used = places.tensor_split([p.shape[1], 2 * p.shape[1]])
+    turned_x, turned_y = turned.tensor_split([q.shape[1] * (chunk + _LANES)])
+    _call(
+        "snell_sampled",
+        _problem(p, q, padded, scratch, scale),
+        tau,
+        sparsifier,
+        grad_y,
+        grad_y.stride(0),
+        x,
+        x.stride(0),
+        _type(x),
+        tokens,
+        len(tokens),
+        chunk,
+        index,
+        values,
+        of_k,
+        len(index),
+        starts,
+        counts,
+        turned_x,
+        turned_y,
+        used,
+        out,
+        _type(out),
+        base,
+        _type(base),
+        factor,
+        of_p,
+        of_q,
+    )
+    assert used.item() <= len(index), "more entries survive than the threshold's rank allows"
+
+
 def _type(matrix: Tensor | None) -> int:
     return 0 if matrix is None else _TYPES[matrix.dtype]
 
@@ -324,6 +454,9 @@ _OPERATIONS = {
     f"finish({_OPERANDS}, Tensor(a!) matrix, float tau, int sparsifier, Tensor? base, float factor) -> ()": _finish,
     f"backward({_OPERANDS}, float scale, float tau, int sparsifier, Tensor(a!) grad, Tensor? base, float factor,"
     " bool rewrite, Tensor(b!) of_p, Tensor(c!) of_q) -> ()": _backward,
+    f"sampled({_OPERANDS}, float scale, float tau, int sparsifier, Tensor grad_y, Tensor x, Tensor tokens, int chunk,"
+    " Tensor(a!) index, Tensor(b!) values, Tensor(c!) of_k, Tensor(d!) places, Tensor(e!) turned, Tensor(f!)? out,"
+    " Tensor? base, float factor, Tensor(g!) of_p, Tensor(h!) of_q) -> ()": _sampled,
 }
 _operations = torch.library.Library("snell", "DEF")
 for _schema, _function in _OPERATIONS.items():

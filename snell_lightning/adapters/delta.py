@@ -122,6 +122,58 @@ class UpdateRule:
         of_p, of_q = evaluation.gradients()
         return of_p.mul_(factor), of_q.mul_(factor)
 
+    def samples(self, out_factors: Tensor, in_factors: Tensor, tau: Tensor | None, *others: Tensor) -> bool:
+        """Whether `sampled_backward` can be had, and is cheaper than a product and `backward`.
+
+        Args:
+            out_factors: P.
+            in_factors: Q.
+            tau: The threshold.
+            others: The matrices that are read along the way.
+        """
+        worth = tau is not None and self.sparsity >= compiled.SPARSE
+        return worth and compiled.applies(self.kernel, out_factors, in_factors, *others)
+
+    def sampled_backward(
+        self,
+        out_factors: Tensor,
+        in_factors: Tensor,
+        tau: Tensor,
+        grad_y: Tensor,
+        x: Tensor,
+        ranges: Sequence[slice],
+        out: Tensor | None,
+        base: Tensor | None = None,
+        factor: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of both factors from that of the product, which is needed where there are survivors only.
+
+        Args:
+            out_factors: P.
+            in_factors: Q.
+            tau: The threshold.
+            grad_y: Gradient of the product `(rows, out)`.
+            x: What the update was multiplied with, `(rows, in)` of the same type.
+            ranges: Rows to sum over.
+            out: `(out, in)`, where `base + factor * update` is written; None if that is not wanted.
+            base: As in `write`.
+            factor: As in `write`.
+        """
+        return compiled.sampled_backward(
+            out_factors,
+            in_factors,
+            self.scale,
+            self.sparsifier,
+            self.sparsity,
+            tau,
+            grad_y,
+            x,
+            ranges,
+            out,
+            base,
+            factor,
+        )
+
 
 def _put(target: Tensor, values: Tensor, base: Tensor | None, factor: float) -> None:
     """Write `base + factor * values` to `target`, rounded once; `values` may be overwritten."""
@@ -451,20 +503,27 @@ class _TunedLinear(torch.autograd.Function):
                 grad_bias = grad_y.sum(0)
             entries = plan.dropped_entries(x)
             x = x if entries is None else x.masked_fill(entries, 0.0)
-            buffer = _product_over(kept_rows, grad_y, x)
-            dtype = kernel_dtype(*factors, x)
-            del x
+        # What grad_y is multiplied with, W + dW, comes into the place of the update's gradient.
+        dtype = kernel_dtype(*factors, x)
+        updates = list(zip(plan.updates(factors, dtype), taus, strict=True))
+        bases = [weight[rows] if entries is None else None for (*_, rows), _ in updates]
+        grads: list[Tensor | None] = []
+        if all(rule.samples(p, q, tau, grad_y, x, weight) for (rule, p, q, _), tau in updates):
+            buffer = grad_y.new_empty(weight.shape if need_x else 0)
+            for ((rule, p, q, rows), tau), base in zip(updates, bases, strict=True):
+                out = buffer[rows] if need_x else None
+                grads += rule.sampled_backward(p, q, tau, grad_y[:, rows], x, kept_rows, out, base, plan.scale)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                buffer = _product_over(kept_rows, grad_y, x)
             if buffer.dtype == torch.float16:
                 # An update may be too small for this type; what is written over the gradient is.
                 buffer = buffer.to(dtype)
-
-        # The gradient of the update becomes what x is multiplied with, in the same place.
-        grads: list[Tensor | None] = []
-        with full_precision(grad_y.device.type):
-            for (rule, p, q, rows), tau in zip(plan.updates(factors, dtype), taus, strict=True):
-                base = weight[rows] if entries is None else None
-                of_factors = rule.backward(p, q, tau, buffer[rows], base, plan.scale, rewrite=need_x)
-                grads += [grad.to(factors[0].dtype) for grad in of_factors]
+            del x
+            with full_precision(grad_y.device.type):
+                for ((rule, p, q, rows), tau), base in zip(updates, bases, strict=True):
+                    grads += rule.backward(p, q, tau, buffer[rows], base, plan.scale, rewrite=need_x)
+        grads = [None if grad is None else grad.to(factors[0].dtype) for grad in grads]
 
         grad_x = None
         if need_x:
