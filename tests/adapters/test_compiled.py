@@ -132,6 +132,19 @@ def test_a_nan_stays_one() -> None:
     assert matrix[7].isnan().all()
 
 
+def test_factors_beyond_fp32_give_gradients_that_are_no_number() -> None:
+    p, q, rule = factors_and_rule((64, 40), sparsity=0.9)
+    p *= 1e30
+    tau = rule.write(p, q, torch.empty(64, 40))
+    assert tau is not None
+    out = torch.empty(64, 40)
+
+    of_p, of_q = rule.sampled_backward(p, q, tau, torch.ones(5, 64), torch.ones(5, 40), [slice(0, 5)], out, None, 1.0)
+
+    for result in (of_p, of_q, out):
+        assert not result.isfinite().any()
+
+
 def test_the_threshold_is_found_where_the_sample_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
     p, q, rule = factors_and_rule((512, 768))
     matrix, expected = torch.empty(512, 768), torch.empty(512, 768)
