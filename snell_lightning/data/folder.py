@@ -1,6 +1,6 @@
 """The `folder` source: image files sorted into one folder per class.
 
-Two layouts are read. With ready splits (`val` may also be called `valid` or `validation`):
+Two layouts are read. With ready splits, whatever the case and the usual spelling of their names:
 
     root/train/<class>/*.jpg    root/val/<class>/*.jpg    root/test/<class>/*.jpg
 
@@ -13,30 +13,46 @@ system's order.
 """
 
 import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from snell_lightning.adapters.errors import UserError
-from snell_lightning.data.splits import Sample, Splits, split_off, split_three_ways
+from snell_lightning.data.listing import Listing, folders_in, has_images
+from snell_lightning.data.splits import Sample, SplitName, Splits, classes_lacking, listed, split_by_name
 
-# Those of torchvision's ImageFolder.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-_VAL_NAMES = ("val", "valid", "validation")
+# Besides these, `train_set`, `TestImages` and the like are recognised.
+SPELLINGS: dict[SplitName, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
 _LAYOUT = "expected ROOT/train/CLASS/IMAGE with val and test beside train, or ROOT/CLASS/IMAGE"
 
 
-def folder(root: Path | None, val_fraction: float, test_fraction: float, seed: int) -> Splits:
+def folder(
+    root: Path | None,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    fixed: Mapping[str, SplitName] | None = None,
+    classes: Sequence[str] | None = None,
+) -> Splits:
     """Images under `root`, one folder per class; classes are the sorted names of the training folders.
 
     Args:
-        root: The folder that holds `train`, or the class folders.
+        root: The folder that holds the split folders, or the class folders.
         val_fraction: Share that goes to val where there is no val folder, in [0, 1).
         test_fraction: Share that goes to test where there are no split folders at all, in [0, 1).
         seed: Seed of the split.
+        fixed: Splits of single images by their path below the root, as an earlier call settled them.
+        classes: The model's classes, where they are known: some of them may be missing here.
 
     Raises:
         UserError: The root is missing or laid out otherwise, there are fewer than two classes, a class has no
-            images or too few to be split, or a val or test folder has a class that train does not have.
+            images, or a val or test folder has a class that train does not have.
     """
     if root is None:
         raise UserError(f"data.source folder needs data.root; {_LAYOUT}")
@@ -44,70 +60,142 @@ def folder(root: Path | None, val_fraction: float, test_fraction: float, seed: i
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"data.root {root} {what}; {_LAYOUT}")
-    if (root / "train").is_dir():
-        return _ready_splits(root, val_fraction, seed)
-    if any((root / name).is_dir() for name in (*_VAL_NAMES, "test")):
-        raise UserError(f"data.root {root} has a val or test folder and no train folder; {_LAYOUT}")
-    classes = _classes(root)
-    samples = _samples(root, classes)
-    train, val, test = split_three_ways(samples, classes, val_fraction, test_fraction, seed)
-    return Splits(train, val, test, classes)
-
-
-def _ready_splits(root: Path, val_fraction: float, seed: int) -> Splits:
-    """The layout with a train folder."""
-    classes = _classes(root / "train")
-    train = _samples(root / "train", classes)
-    val_folders = [root / name for name in _VAL_NAMES if (root / name).is_dir()]
-    if len(val_folders) > 1:
-        names = " and ".join(path.name for path in val_folders)
-        raise UserError(f"data.root {root} has the folders {names}, which mean the same; keep one")
-    if val_folders:
-        val = _samples(val_folders[0], classes)
+    fewest = 1 if classes is not None else 2
+    found, notes = _split_folders(root)
+    if not found:
+        parts: dict[str, dict[str, list[Path]]] = {"": _class_folders(root, fewest)}
+        notes += _odd_classes(parts[""])
+    elif "train" not in found:
+        raise UserError(
+            f"data.root {root} has a {' and a '.join(path.name for path in found.values())} folder and no train "
+            f"folder; {_LAYOUT}; to evaluate on all images of one folder, name that as data.root and set "
+            "data.eval_split to all"
+        )
     else:
-        train, val = split_off(train, classes, val_fraction, seed, "val")
-    test = _samples(root / "test", classes) if (root / "test").is_dir() else []
-    return Splits(train, val, test, classes)
+        parts = {name: _class_folders(path, fewest if name == "train" else 1) for name, path in found.items()}
+        _require_known(parts)
+    listing = Listing([path for folders in parts.values() for paths in folders.values() for path in paths])
+    names = tuple(parts["train" if found else ""])
+    samples = {name: _samples(root, folders, names, listing) for name, folders in parts.items()}
+    splits = _splits(samples, names, (val_fraction, test_fraction, seed), fixed)
+    lacking = [
+        f"no {name} image of {', '.join(absent[:5])}{f' and {len(absent) - 5} more' if len(absent) > 5 else ''}"
+        for name in ("train", "val", "test")
+        if (part := getattr(splits, name)) and (absent := classes_lacking(part, names))
+    ]
+    notes += listing.notes() + lacking
+    return replace(splits, notes=tuple(notes))
 
 
-def _classes(path: Path) -> tuple[str, ...]:
-    """Sorted names of the class folders in a folder, at least two."""
-    names = _folders(path)
-    if len(names) < 2:
-        found = f"has only one class folder, {names[0]!r}" if names else "has no class folders"
-        raise UserError(f"{path} {found}; at least two classes are needed: {_LAYOUT}")
-    return tuple(names)
+def split_named(name: str) -> SplitName | None:
+    """The split that a folder's name stands for, if it is one of the usual names."""
+    word = re.sub(r"[\W_]+", "", name.lower())
+    word = re.sub(r"(?<=\w)(set|data|images|imgs|split)$", "", word)
+    return next((split for split, words in SPELLINGS.items() if word in words), None)
 
 
-def _samples(path: Path, classes: tuple[str, ...]) -> list[Sample]:
-    """Every image of the class folders in a folder, in the order of classes and then of paths."""
-    names = _folders(path)
-    if not names:
-        raise UserError(f"{path} has no class folders; {_LAYOUT}")
-    labels = {name: label for label, name in enumerate(classes)}
-    samples: list[Sample] = []
-    for name in names:
-        if name not in labels:
-            raise UserError(f"{path / name} is a class that train does not have; rename it or move it away")
-        images = _images(path / name)
-        if not images:
+def _split_folders(root: Path) -> tuple[dict[SplitName, Path], list[str]]:
+    """The folders in `root` that are splits, and lines on what else is there; none where the folders are classes.
+
+    A split holds class folders. A folder of such a name that holds images alone is a class, such as `valid` beside
+    `invalid`, or an unlabelled set.
+    """
+    folders = folders_in(root)
+    named = {path: split for path in folders if (split := split_named(path.name))}
+    splits = {path: split for path, split in named.items() if folders_in(path) or not has_images(path)}
+    bare = [path for path in named if path not in splits]
+    if not splits:
+        if len(bare) > 1 or (bare and len(folders) == 1):
             raise UserError(
-                f"class folder {path / name} has no images ({' '.join(EXTENSIONS)}); add some or remove the folder"
+                f"{listed([str(path) for path in bare])}: images and no class folders; a split holds one folder per "
+                f"class: {_LAYOUT}"
             )
-        samples += [(image, labels[name]) for image in images]
+        return {}, [f"{path.name} is taken for a class, as it holds images and no class folders" for path in bare]
+    found: dict[SplitName, Path] = {}
+    for path, split in splits.items():
+        if split in found:
+            raise UserError(
+                f"data.root {root} has the folders {found[split].name} and {path.name}, which mean the same; keep one"
+            )
+        found[split] = path
+    for path in bare:
+        if named[path] not in found and named[path] != "test":
+            raise UserError(f"{path} has no class folders; {_LAYOUT}")
+    unused = [f"{path.name}/{' (no class folders)' if path in bare else ''}" for path in folders if path not in splits]
+    loose = sum(entry.is_file() for entry in os.scandir(root)) if has_images(root) else 0
+    unused += [f"{loose} files"] if loose else []
+    return found, [f"not used beside {found.get('train', root).name}/: {listed(unused)}"] if unused else []
+
+
+def _class_folders(path: Path, fewest: int) -> dict[str, list[Path]]:
+    """The class folders in a folder by name; names that are written with other bytes are one class."""
+    folders: dict[str, list[Path]] = {}
+    for entry in folders_in(path):
+        # macOS writes an accent as a character of its own.
+        folders.setdefault(unicodedata.normalize("NFC", entry.name), []).append(entry)
+    if len(folders) < fewest:
+        found = f"has only one class folder, {next(iter(folders))!r}" if folders else "has no class folders"
+        inner = [entry for paths in folders.values() for entry in paths if len(folders_in(entry)) > 1]
+        hint = f"; did you mean {inner[0]}?" if inner else ""
+        raise UserError(f"{path} {found}; at least two classes are needed: {_LAYOUT}{hint}")
+    return dict(sorted(folders.items()))
+
+
+def _require_known(parts: Mapping[str, Mapping[str, list[Path]]]) -> None:
+    for folders in parts.values():
+        for name, (path, *_) in folders.items():
+            if name not in parts["train"]:
+                raise UserError(f"{path} is a class that train does not have; rename it or move it away")
+
+
+def _odd_classes(folders: Mapping[str, list[Path]]) -> list[str]:
+    """A line where class folders look as if classes were one level further down."""
+    below = [{inner.name for path in paths for inner in folders_in(path)} for paths in folders.values()]
+    if not any(has_images(path) for paths in folders.values() for path in paths) and (
+        common := set.intersection(*below)
+    ):
+        return [f"classes are {listed(list(folders))}; the folders {listed(sorted(common))} in each are taken as one"]
+    return []
+
+
+def _samples(
+    root: Path, folders: Mapping[str, list[Path]], classes: Sequence[str], listing: Listing
+) -> dict[str, Sample]:
+    """Every image of class folders by its path below the root, in the order of classes and then of paths."""
+    samples: dict[str, Sample] = {}
+    seen: set[str] = set()
+    for name, paths in folders.items():
+        before = listing.endings.copy()
+        images = [image for path in paths for image in listing.images(path, seen)]
+        if not images:
+            others = ", ".join(f"{count} {ending}" for ending, count in (listing.endings - before).most_common(3))
+            raise UserError(
+                f"class folder {paths[0]} has no images{f' that can be read ({others} are left out)' if others else ''}"
+                "; add some or remove the folder"
+            )
+        label = classes.index(name)
+        samples |= {os.path.relpath(image, root).replace(os.sep, "/"): (image, label) for image in images}
     return samples
 
 
-def _folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _images(path: Path) -> list[str]:
-    """Paths of all images below a folder, sorted; hidden files and folders are left out, links followed."""
-    images = []
-    for here, folders, files in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images += [
-            os.path.join(here, name) for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
-    return sorted(images)
+def _splits(
+    samples: Mapping[str, Mapping[str, Sample]],
+    classes: tuple[str, ...],
+    rule: tuple[float, float, int],
+    fixed: Mapping[str, SplitName] | None,
+) -> Splits:
+    """Samples of the split folders, or of the root under the name "", as splits."""
+    val_fraction, test_fraction, seed = rule
+    whole = "" in samples
+    if not whole and "val" in samples:
+        train, val, test = (list(samples.get(name, {}).values()) for name in ("train", "val", "test"))
+        return Splits(train, val, test, classes)
+    together = samples["" if whole else "train"]
+    parts, moves = split_by_name(together, val_fraction, test_fraction if whole else 0.0, seed, fixed)
+    if not parts["val"]:
+        raise UserError(
+            f"{len(together)} images of {len(classes)} classes are too few to split {val_fraction:.0%} off for val; "
+            "add images or raise data.val_fraction"
+        )
+    test = parts["test"] if whole else list(samples.get("test", {}).values())
+    return Splits(parts["train"], parts["val"], test, classes, by_fractions=True, fixed=moves)

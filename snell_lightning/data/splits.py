@@ -1,31 +1,28 @@
-"""What a data source hands over, and the seeded stratified split that sources without ready splits share.
+"""What a data source hands over, and how files without ready splits are split.
 
-A source is a function `(root, val_fraction, test_fraction, seed) -> Splits`. It lists samples and opens none
-of them; `Splits.open_image` does that later, in the loader's workers.
+A source is a function `(root, val_fraction, test_fraction, seed, fixed, classes) -> Splits`. It lists samples and opens
+none of them; `Splits.open_image` does that later, in the loader's workers.
+
+Files are split by their names: where one goes depends on its own path, so that photographs can be added and removed
+without another one changing sides.
 """
 
+import hashlib
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
 from snell_lightning.adapters.errors import UserError
+from snell_lightning.data.images import open_image_file
 
 Sample = tuple[Any, int]
 """What `open_image` takes (a path, an array, ...), and the label."""
-
-
-def open_image_file(path: str) -> Image.Image:
-    """Read a whole image file as RGB.
-
-    Raises:
-        Exception: Whatever PIL raises for a missing, truncated, oversized or foreign file.
-    """
-    with Image.open(path) as image:
-        return image.convert("RGB")
+SplitName = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,9 @@ class Splits:
         classes: Class names; a label is an index into them.
         open_image: Turns a sample's first entry into an RGB image. A module-level function, so that it can be
             sent to a worker process.
+        notes: Lines on what was found that a user may not expect, such as files that were left out.
+        by_fractions: Whether val or test were split off, rather than found.
+        fixed: Where samples were put that would have gone elsewhere by their names, by name.
     """
 
     train: Sequence[Sample]
@@ -46,85 +46,125 @@ class Splits:
     test: Sequence[Sample]
     classes: tuple[str, ...]
     open_image: Callable[[Any], Image.Image] = open_image_file
+    notes: tuple[str, ...] = ()
+    by_fractions: bool = False
+    fixed: Mapping[str, SplitName] = field(default_factory=dict)
+
+    def with_classes(self, classes: Sequence[str]) -> "Splits":
+        """The same samples with labels that are indices into `classes`, which may be more than there are here.
+
+        Raises:
+            UserError: There is a class here that `classes` lacks.
+        """
+        if set(self.classes) - set(classes):
+            raise UserError(
+                f"the images are of the classes {listed(self.classes)}, and the model's are {listed(classes)}; "
+                "give the folders the model's names, or train anew"
+            )
+        labels = [classes.index(name) for name in self.classes]
+
+        def mapped(part: Sequence[Sample]) -> list[Sample]:
+            return [(source, labels[label]) for source, label in part]
+
+        return replace(
+            self, train=mapped(self.train), val=mapped(self.val), test=mapped(self.test), classes=tuple(classes)
+        )
 
 
 class Source(Protocol):
     """A function that finds a data set's samples."""
 
-    def __call__(self, root: Path | None, val_fraction: float, test_fraction: float, seed: int) -> Splits: ...
+    def __call__(
+        self,
+        root: Path | None,
+        val_fraction: float,
+        test_fraction: float,
+        seed: int,
+        fixed: Mapping[str, SplitName] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> Splits: ...
 
 
-def split_three_ways(
-    samples: Sequence[Sample], classes: Sequence[str], val_fraction: float, test_fraction: float, seed: int
-) -> tuple[list[Sample], list[Sample], list[Sample]]:
-    """Split samples into train, val and test, each class in about the same proportion in all of them.
+def split_by_name(
+    samples: Mapping[str, Sample],
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    fixed: Mapping[str, SplitName] | None = None,
+) -> tuple[dict[SplitName, list[Sample]], dict[str, SplitName]]:
+    """Split samples by a hash of their names, so that no sample's split depends on which others there are.
+
+    A class that would have no sample in a split gets one moved there, if it has enough, and that is the exception to
+    the rule: the moves are returned. Given back as `fixed`, they hold, and none is added.
 
     Args:
-        samples: All samples.
-        classes: Class names, for messages.
+        samples: All samples by name, such as `ant/7.jpg`.
         val_fraction: Share of all samples that goes to val, in [0, 1).
         test_fraction: Share of all samples that goes to test, in [0, 1).
-        seed: The split depends on this and on the samples' order alone.
+        seed: Another seed is another split.
+        fixed: Moves of an earlier call, by name.
 
     Returns:
-        Train, val and test samples, each in the order of `samples`.
-
-    Raises:
-        UserError: A class has fewer samples than there are splits, or there are too few samples in all.
+        Train, val and test samples, each in the order of `samples`, and the moves by name.
     """
-    shares = {"train": 1.0, "val": val_fraction, "test": test_fraction}
-    _require_per_class(samples, classes, [name for name, share in shares.items() if share > 0])
-    rest, test = split_off(samples, classes, test_fraction, seed, "test")
-    train, val = split_off(rest, classes, val_fraction / (1 - test_fraction), seed, "val")
-    return train, val, test
+    places = {name: _place(name, seed) for name in samples}
+
+    def by_place(name: str) -> SplitName:
+        if places[name] < test_fraction:
+            return "test"
+        return "val" if places[name] < test_fraction + val_fraction else "train"
+
+    given = {unicodedata.normalize("NFC", name): split for name, split in (fixed or {}).items()}
+    chosen = {name: given.get(unicodedata.normalize("NFC", name)) or by_place(name) for name in samples}
+    moves = dict(given)
+    if fixed is None:
+        wanted: list[SplitName] = ["train"]
+        wanted += ["val"] if val_fraction else []
+        wanted += ["test"] if test_fraction else []
+        of_class: dict[int, list[str]] = {}
+        for name, (_, label) in samples.items():
+            of_class.setdefault(label, []).append(name)
+        for names in of_class.values():
+            moves |= _moves(sorted(names, key=places.__getitem__), chosen, wanted)
+        chosen |= moves
+    parts: dict[SplitName, list[Sample]] = {"train": [], "val": [], "test": []}
+    for name, sample in samples.items():
+        parts[chosen[name]].append(sample)
+    return parts, moves
 
 
-def split_off(
-    samples: Sequence[Sample], classes: Sequence[str], fraction: float, seed: int, name: str
-) -> tuple[list[Sample], list[Sample]]:
-    """Split a share of the samples off, stratified by class and no smaller than the number of classes.
-
-    Args:
-        samples: Samples to share out.
-        classes: Class names, for messages.
-        fraction: Share that is split off, in [0, 1); 0 splits nothing off.
-        seed: The split depends on this and on the samples' order alone.
-        name: The new split's name, for messages.
-
-    Returns:
-        What is left and what was split off, each in the order of `samples`.
-
-    Raises:
-        UserError: A class has fewer than two samples, or there are too few samples in all.
-    """
-    if fraction == 0:
-        return list(samples), []
-    _require_per_class(samples, classes, ["train", name])
-    labels = [label for _, label in samples]
-    present = len(set(labels))
-    size = max(round(fraction * len(samples)), present)
-    if len(samples) - size < present:
-        raise UserError(
-            f"{len(samples)} images of {present} classes are too few to split {fraction:.0%} off for {name}"
-            f"; the smallest class is {_smallest(samples, classes)}; add images or lower data.{name}_fraction"
-        )
-    # A heavy import, of which sources with ready splits have no need.
-    from sklearn.model_selection import train_test_split
-
-    kept, taken = train_test_split(range(len(samples)), test_size=size, stratify=labels, random_state=seed)
-    return [samples[index] for index in sorted(kept)], [samples[index] for index in sorted(taken)]
+def _place(name: str, seed: int) -> float:
+    """A number in [0, 1) that a name and a seed stand for, on every machine."""
+    text = f"{seed}/{unicodedata.normalize('NFC', name)}"
+    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
-def _require_per_class(samples: Sequence[Sample], classes: Sequence[str], splits: Sequence[str]) -> None:
-    """Every class needs at least one sample for each split."""
-    if samples and min(Counter(label for _, label in samples).values()) < len(splits):
-        raise UserError(
-            f"class {_smallest(samples, classes)} is too small to be split into {', '.join(splits)}: at "
-            f"least {len(splits)} images per class are needed; add images, or remove the class"
-        )
+def _moves(names: Sequence[str], chosen: Mapping[str, SplitName], wanted: Sequence[SplitName]) -> dict[str, SplitName]:
+    """Which samples of one class are moved so that every wanted split has one, first train, then val, then test."""
+    moves: dict[str, SplitName] = {}
+    for split in wanted:
+        now = {name: moves.get(name, chosen[name]) for name in names}
+        counts = Counter(now.values())
+        if counts[split]:
+            continue
+        # From the fullest split; only train may take another's last one.
+        spare = 1 if split == "train" else 2
+        donors = [name for name in names if counts[now[name]] >= spare]
+        if donors:
+            fullest = max(counts[now[name]] for name in donors)
+            donors = [name for name in donors if counts[now[name]] == fullest]
+            moves[donors[-1] if split == "train" else donors[0]] = split
+    return moves
 
 
-def _smallest(samples: Sequence[Sample], classes: Sequence[str]) -> str:
-    counts = Counter(label for _, label in samples)
-    label = min(counts, key=lambda candidate: (counts[candidate], candidate))
-    return f"{classes[label]!r} ({counts[label]} image{'' if counts[label] == 1 else 's'})"
+def classes_lacking(part: Sequence[Sample], classes: Sequence[str]) -> list[str]:
+    """Names of the classes that have no sample in a split."""
+    present = {label for _, label in part}
+    return [name for label, name in enumerate(classes) if label not in present]
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Names in one line, the first of them where there are many."""
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
