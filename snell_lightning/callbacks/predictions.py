@@ -10,9 +10,11 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from snell_lightning.adapters import UserError
+
 
 class PredictionWriter(BasePredictionWriter):
-    """One line per image: the image, the most probable class and its probability.
+    """One line per image: the image, the most probable class and its probability, or why it could not be read.
 
     The file is `predictions.csv` in the run's folder; with several processes each writes `predictions.RANK.csv` with
     its share of the images.
@@ -21,6 +23,7 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
         self.path: Path | None = None
+        self.written = self.unreadable = 0
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the file."""
@@ -28,7 +31,8 @@ class PredictionWriter(BasePredictionWriter):
         name = "predictions.csv" if trainer.world_size == 1 else f"predictions.{trainer.global_rank}.csv"
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / name
-        self._write([("image", "class", "probability")], "w")
+        self.written = self.unreadable = 0
+        self._write([("image", "class", "probability", "error")], "w")
 
     def write_on_batch_end(
         self,
@@ -42,18 +46,31 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Add a batch of probabilities `(batch, num_classes)`."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        samples = data.splits.test
+        loader: Any = trainer.predict_dataloaders
+        unreadable = loader.dataset.unreadable
         probabilities, labels = prediction.float().cpu().max(-1)
         rows = []
         for index, label, probability in zip(batch_indices or (), labels.tolist(), probabilities.tolist(), strict=True):
-            source = samples[index][0]
+            source = loader.dataset.samples[index][0]
             image = source if isinstance(source, (str, Path)) else index
-            rows.append((image, data.class_names[label], f"{probability:.6f}"))
+            if index in unreadable:
+                rows.append((image, "", "", unreadable[index]))
+                self.unreadable += 1
+            else:
+                rows.append((image, data.class_names[label], f"{probability:.6f}", ""))
+        self.written += len(rows)
         self._write(rows, "a")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the file is."""
-        rank_zero_info(f"predictions: {self.path}")
+        """Say where the file is.
+
+        Raises:
+            UserError: Not one image could be read.
+        """
+        if self.written and self.written == self.unreadable:
+            raise UserError(f"none of the {self.written} images could be read; the reasons are in {self.path}")
+        bad = f", {self.unreadable} unreadable" if self.unreadable else ""
+        rank_zero_info(f"predictions: {self.path} ({self.written} images{bad})")
 
     def _write(self, rows: Sequence[tuple], mode: str) -> None:
         assert self.path is not None

@@ -4,24 +4,28 @@ Training shuffles by seed and epoch alone: in step k, one process with a batch o
 batches of B see the same images. Evaluation covers each image exactly once over all processes.
 """
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import lightning
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DistributedSampler, Sampler
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones import EMBEDDED_BACKBONE
-from snell_lightning.data.dataset import ImageDataset, ImageLoader, image_loader
+from snell_lightning.data.dataset import ImageDataset, ImageLoader, OnUnreadable, image_loader
 from snell_lightning.data.digits import digits
 from snell_lightning.data.folder import folder
+from snell_lightning.data.leaks import shared_images
 from snell_lightning.data.samplers import ShardSampler
-from snell_lightning.data.splits import Source
+from snell_lightning.data.splits import Sample, Source, SplitName, classes_lacking
 from snell_lightning.data.transforms import (
     Augmentation,
     Normalization,
-    NormalizationName,
+    NormalizationSetting,
+    Transform,
     build_transforms,
     require_choice,
 )
@@ -30,6 +34,9 @@ SOURCES: dict[str, Source] = {"digits": digits, "folder": folder}
 """Every source by the name that `data.source` takes."""
 
 OnBadImage = Literal["error", "skip"]
+EvalSplit = Literal["test", "val", "train", "all"]
+
+_log = logging.getLogger(__name__)
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -43,6 +50,8 @@ class ImageDataModule(lightning.LightningDataModule):
             (image files in one folder per class).
         root: The folder with the images, for sources that read files. For `folder` it holds train/CLASS/IMAGE
             with val and test beside train, or CLASS/IMAGE.
+        classes: Class names in the order of the model's outputs; by default the classes that are found, sorted. With
+            an adapter file or a checkpoint they are those that it was trained on.
         backbone: timm name of the backbone, whose own configuration gives image size, normalisation and
             centre crop.
         batch_size: Training images per batch and process, at least 1.
@@ -52,7 +61,7 @@ class ImageDataModule(lightning.LightningDataModule):
         image_size: Height and width of the images given to the backbone, in pixels; the backbone's own if not
             given.
         normalization: `auto` (the backbone's own mean and standard deviation), `imagenet`, `inception` (0.5
-            and 0.5) or `none` (pixels stay in [0, 1]).
+            and 0.5), `none` (pixels stay in [0, 1]), or `mean` and `std` of three numbers each.
         augmentation: `crop` (random crops of 0.08 to 1 of the area and horizontal flips; centre crop in
             evaluation), `light` (random crops of 0.8 to 1, no flips; whole image in evaluation) or `none`
             (the whole image resized to a square, in training too: the VTAB protocol).
@@ -60,9 +69,12 @@ class ImageDataModule(lightning.LightningDataModule):
             its own, above 0 and below 1.
         test_fraction: Share of the images split off for testing where the source has no splits of its own, at
             least 0 and below 1.
+        eval_split: The images that `test` and `predict` take: those of `test`, `val` or `train`, or `all`.
+        fixed_splits: Splits of single images by their path below the root, where they are not to follow from the path.
+            An adapter file or a checkpoint keeps those that its run settled.
         seed: Seed of the splits and of the order of training images.
         on_bad_image: What to do about an image that cannot be read: `error` stops with its path, `skip`
-            leaves it out of its batch and reports the count after each pass.
+            leaves it out of its batch and reports the count after each pass; a prediction says why there is none.
 
     Raises:
         UserError: An argument is out of range or unknown, or the source's images are not as expected.
@@ -72,21 +84,25 @@ class ImageDataModule(lightning.LightningDataModule):
         self,
         source: str = "digits",
         root: str | None = None,
+        classes: list[str] | None = None,
         backbone: str = EMBEDDED_BACKBONE,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         image_size: int | None = None,
-        normalization: NormalizationName = "auto",
+        normalization: NormalizationSetting = "auto",
         augmentation: Augmentation = "crop",
         val_fraction: float = 0.15,
         test_fraction: float = 0.25,
+        eval_split: EvalSplit = "test",
+        fixed_splits: dict[str, SplitName] | None = None,
         seed: int = 0,
         on_bad_image: OnBadImage = "error",
     ) -> None:
         super().__init__()
         require_choice("source", source, tuple(SOURCES))
         require_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
+        require_choice("eval_split", eval_split, get_args(EvalSplit))
         _require_fractions(val_fraction, test_fraction)
         self.source = source
         self.batch_size = _at_least("batch_size", batch_size, 1)
@@ -95,7 +111,8 @@ class ImageDataModule(lightning.LightningDataModule):
         )
         self.num_workers = _at_least("num_workers", num_workers, 0)
         self.seed = _at_least("seed", seed, 0)
-        self.skip_unreadable = on_bad_image == "skip"
+        self.on_bad_image, self.eval_split, self.augmentation = on_bad_image, eval_split, augmentation
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
         # Imported here for timm's sake: the command line needs this class to print a help text or to refuse a config.
         from snell_lightning.backbones import data_config
 
@@ -105,7 +122,15 @@ class ImageDataModule(lightning.LightningDataModule):
         self.train_transform, self.eval_transform = build_transforms(
             config, augmentation, normalization, self.image_size
         )
-        self.splits = SOURCES[source](Path(root) if root is not None else None, val_fraction, test_fraction, seed)
+        cropped = augmentation == "crop"
+        self._crop = {
+            "crop_pct": config["crop_pct"] if cropped else None,
+            "interpolation": config["interpolation"] if cropped else "bicubic",
+        }
+        path = Path(root) if root is not None else None
+        splits = SOURCES[source](path, val_fraction, test_fraction, seed, fixed_splits, classes)
+        self.splits = splits if classes is None else splits.with_classes(classes)
+        self._told = False
 
     @property
     def num_classes(self) -> int:
@@ -127,10 +152,60 @@ class ImageDataModule(lightning.LightningDataModule):
         """Standard deviation of each channel that pixels in [0, 1] are divided by."""
         return self.normalization.std
 
+    def settings(self) -> dict[str, Any]:
+        """What has to be known of these data in order to use a model that was trained on them, in plain values.
+
+        Returns:
+            `classes`, `image_size`, `normalization` (mean and std), `augmentation` and what it makes of an image in
+            evaluation (`crop_pct`, None for the whole image, and `interpolation`), and `split`: how images were split,
+            where they were, so that the same ones are tested another time.
+        """
+        split = {
+            "seed": self.seed,
+            "val_fraction": self.val_fraction,
+            "test_fraction": self.test_fraction,
+            "fixed_splits": dict(self.splits.fixed),
+        }
+        return {
+            "classes": list(self.class_names),
+            "image_size": self.image_size,
+            "normalization": {"mean": list(self.mean), "std": list(self.std)},
+            "augmentation": self.augmentation,
+            **self._crop,
+            "split": split if self.splits.by_fractions else None,
+        }
+
     def setup(self, stage: str) -> None:
-        """Print what is trained on, once, on the first process."""
+        """Say once, on the first process, what is there that a user may not expect, and what is trained on.
+
+        Raises:
+            UserError: A class of the model has no image to train on.
+        """
+        if not self._told:
+            self._told = True
+            for note in self.splits.notes:
+                rank_zero_info(f"data: {note}")
         if stage == "fit":
+            if absent := classes_lacking(self.splits.train, self.class_names):
+                raise UserError(
+                    f"there is no image to train on of {', '.join(absent)}; the model's classes are "
+                    f"{', '.join(self.class_names)}: add a folder for each, or leave data.classes out"
+                )
             rank_zero_info(self.describe())
+            self._warn_of_shared_images()
+
+    @rank_zero_only
+    def _warn_of_shared_images(self) -> None:
+        train, others = (
+            [source for source, _ in part if isinstance(source, str)]
+            for part in (self.splits.train, [*self.splits.val, *self.splits.test])
+        )
+        if pairs := shared_images(train, others):
+            pair = " and ".join(pairs[0])
+            _log.warning(
+                f"data: {len(pairs):,} image(s) of val or test are in train too, by content, such as {pair}; scores on "
+                "them say little"
+            )
 
     def describe(self) -> str:
         """Source, sizes, classes and normalisation in one line."""
@@ -145,9 +220,7 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> ImageLoader:
         """This process's share of the training images, shuffled by seed and epoch."""
-        dataset = ImageDataset(
-            self.splits.train, self.splits.open_image, self.train_transform, "train", self.skip_unreadable
-        )
+        dataset = self._dataset(self.splits.train, self.train_transform, "train", self.on_bad_image)
         replicas, rank = self._replicas_and_rank()
         # Also for a single process, so that the order does not depend on how many there are.
         sampler: Sampler = DistributedSampler(dataset, replicas, rank, shuffle=True, seed=self.seed)
@@ -159,34 +232,49 @@ class ImageDataModule(lightning.LightningDataModule):
         Raises:
             UserError: There are none.
         """
-        return self._eval_loader("val")
+        return self._eval_loader(self.splits.val, "val", self.on_bad_image)
 
     def test_dataloader(self) -> ImageLoader:
-        """This process's share of the test images.
+        """This process's share of the images of `eval_split`.
 
         Raises:
             UserError: There are none.
         """
-        return self._eval_loader("test")
+        return self._eval_loader(self.eval_samples, self.eval_split, self.on_bad_image)
 
     def predict_dataloader(self) -> ImageLoader:
-        """This process's share of the test images; none is skipped, so that each prediction finds its image.
+        """This process's share of the images of `eval_split`; none is left out, so that each keeps its index.
 
         Raises:
             UserError: There are none.
         """
-        loader = self._eval_loader("test")
-        loader.dataset.skip_unreadable = False
-        return loader
+        on_unreadable: OnUnreadable = "mark" if self.on_bad_image == "skip" else "error"
+        return self._eval_loader(self.eval_samples, self.eval_split, on_unreadable)
 
-    def _eval_loader(self, split: Literal["val", "test"]) -> ImageLoader:
-        samples = self.splits.val if split == "val" else self.splits.test
+    @property
+    def eval_samples(self) -> Sequence[Sample]:
+        """The samples of `eval_split`."""
+        splits = self.splits
+        if self.eval_split == "all":
+            return [*splits.train, *splits.val, *splits.test]
+        return {"train": splits.train, "val": splits.val, "test": splits.test}[self.eval_split]
+
+    def _dataset(
+        self, samples: Sequence[Sample], transform: Transform, split: str, on_unreadable: OnUnreadable
+    ) -> ImageDataset:
+        return ImageDataset(samples, self.splits.open_image, transform, split, on_unreadable)
+
+    def _eval_loader(self, samples: Sequence[Sample], split: EvalSplit, on_unreadable: OnUnreadable) -> ImageLoader:
         if not samples:
-            raise UserError(
-                f"data.source {self.source} has no {split} images here; add a {split} folder with the class "
-                f"folders in it, or set data.{split}_fraction above 0 where the source is split by fractions"
+            there = " and ".join(
+                f"{len(part)} {name}" for name in ("train", "val", "test") if (part := getattr(self.splits, name))
             )
-        dataset = ImageDataset(samples, self.splits.open_image, self.eval_transform, split, self.skip_unreadable)
+            fraction = ", set data.test_fraction above 0" if split == "test" and self.test_fraction == 0 else ""
+            raise UserError(
+                f"data.source {self.source} has no {split} images here, but {there}; set data.eval_split to one of "
+                f"these{fraction}, or add a {split} folder with class folders in it"
+            )
+        dataset = self._dataset(samples, self.eval_transform, split, on_unreadable)
         sampler = ShardSampler(dataset, *self._replicas_and_rank())
         return image_loader(dataset, sampler, self.eval_batch_size, self.image_size, self.num_workers)
 

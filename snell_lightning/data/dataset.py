@@ -2,10 +2,10 @@
 
 An unreadable image travels through the worker as an `UnreadableImage` beside the batch instead of as an
 exception: torch would bury an exception's text in the worker's traceback, and a count kept inside a worker
-would be lost. The `ImageLoader`, in the main process, takes them off the batch and either raises or counts.
+would be lost. The `ImageLoader`, in the main process, takes them off the batch and raises, counts or notes them.
 
     worker:  dataset[i] -> (tensor, label) | UnreadableImage ; collate -> (images, labels, unreadable)
-    main:    ImageLoader -> raise UserError, or count; yields (images, labels)
+    main:    ImageLoader -> raise UserError, or count, or note; yields (images, labels)
 """
 
 import logging
@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -32,10 +32,22 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 """Images (batch, 3, height, width), float32, and labels (batch,), int64."""
 
 
+OnUnreadable = Literal["error", "skip", "mark"]
+
+
 @dataclass(frozen=True)
 class UnreadableImage:
-    """An image that could not be opened, and why, in one line."""
+    """An image that could not be opened, and why, in one line.
 
+    Args:
+        index: Its place in the data set.
+        label: The label it would have had.
+        path: What was to be opened.
+        reason: Why it could not be.
+    """
+
+    index: int
+    label: int
     path: str
     reason: str
 
@@ -48,7 +60,11 @@ class ImageDataset(Dataset):
         open_image: Gives an RGB image, or raises if it cannot.
         transform: From an RGB image to a tensor (3, height, width).
         split: The split's name, for messages.
-        skip_unreadable: Leave unreadable images out of their batch and count them, instead of raising.
+        on_unreadable: What to do about an image that cannot be read: `error` raises, `skip` leaves it out of its batch
+            and counts it, `mark` puts pixels that are not numbers in its place, so that no index shifts.
+
+    Attributes:
+        unreadable: Why an image could not be read, by its index, for those met so far.
     """
 
     def __init__(
@@ -57,13 +73,14 @@ class ImageDataset(Dataset):
         open_image: Callable[[Any], Image.Image],
         transform: Transform,
         split: str,
-        skip_unreadable: bool = False,
+        on_unreadable: OnUnreadable = "error",
     ) -> None:
         self.samples = samples
         self.open_image = open_image
         self.transform = transform
         self.split = split
-        self.skip_unreadable = skip_unreadable
+        self.on_unreadable = on_unreadable
+        self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
         """Number of images."""
@@ -75,7 +92,7 @@ class ImageDataset(Dataset):
         try:
             image = self.open_image(source)
         except Exception as error:  # PIL's decoders raise whatever a broken file leads them to
-            return UnreadableImage(str(source), _reason(error))
+            return UnreadableImage(index, label, str(source), _reason(error))
         return self.transform(image), label
 
 
@@ -119,7 +136,8 @@ class ImageLoader(DataLoader):
         try:
             for number in range(last + 1):
                 images, labels, unreadable = next(batches, None) or self._empty_batch()
-                if unreadable and not self.dataset.skip_unreadable:
+                self.dataset.unreadable |= {image.index: image.reason for image in unreadable}
+                if unreadable and self.dataset.on_unreadable == "error":
                     raise UserError(
                         f"cannot read image {unreadable[0].path}: {unreadable[0].reason}; "
                         "remove it or set data.on_bad_image to skip"
@@ -142,7 +160,8 @@ class ImageLoader(DataLoader):
             return
         paths = ", ".join(image.path for image in skipped[:_PATHS_NAMED])
         more = ", ..." if len(skipped) > _PATHS_NAMED else ""
-        message = f"skipped {len(skipped)} unreadable image(s) of {self.dataset.split}: {paths}{more}"
+        verb = "found" if self.dataset.on_unreadable == "mark" else "skipped"
+        message = f"{verb} {len(skipped)} unreadable image(s) of {self.dataset.split}: {paths}{more}"
         sampler = getattr(self.batch_sampler, "sampler", None)
         _log.warning(f"[rank {getattr(sampler, 'rank', 0)}] {message}")
         skipped.clear()
@@ -165,7 +184,7 @@ def image_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=partial(_collate, image_size=image_size),
+        collate_fn=partial(_collate, image_size=image_size, mark=dataset.on_unreadable == "mark"),
         pin_memory=torch.accelerator.is_available(),
         # Fresh workers are seeded at every epoch, which is what makes a resumed run see the same augmentations
         # as an uninterrupted one.
@@ -175,11 +194,16 @@ def image_loader(
 
 
 def _collate(
-    items: Sequence[tuple[torch.Tensor, int] | UnreadableImage], image_size: int
+    items: Sequence[tuple[torch.Tensor, int] | UnreadableImage], image_size: int, mark: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[UnreadableImage, ...]]:
-    """Stack what could be read; images (0, 3, image_size, image_size) if nothing could."""
-    read = [item for item in items if not isinstance(item, UnreadableImage)]
+    """Stack what could be read, or with `mark` NaN for the rest; images (0, 3, image_size, image_size) if nothing."""
     unreadable = tuple(item for item in items if isinstance(item, UnreadableImage))
+    nothing = torch.full((3, image_size, image_size), torch.nan)
+    read = [
+        (nothing, item.label) if isinstance(item, UnreadableImage) else item
+        for item in items
+        if mark or not isinstance(item, UnreadableImage)
+    ]
     labels = torch.tensor([label for _, label in read], dtype=torch.long)
     if not read:
         return torch.zeros(0, 3, image_size, image_size), labels, unreadable

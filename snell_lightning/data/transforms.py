@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Augmentation = Literal["crop", "light", "none"]
 NormalizationName = Literal["auto", "imagenet", "inception", "none"]
+NormalizationSetting = NormalizationName | dict[str, list[float]]
 Transform = Callable[[Image.Image], torch.Tensor]
 
 # As in timm.data.constants: that of ImageNet's training images, and that of the Inception models.
@@ -35,7 +36,7 @@ class Normalization:
     """Per-channel normalisation `(pixel - mean) / std` of pixels in [0, 1].
 
     Args:
-        name: What was asked for: `auto`, `imagenet`, `inception` or `none`.
+        name: What was asked for: `auto`, `imagenet`, `inception` or `none`, or `given` where it was spelled out.
         mean: Mean of the red, green and blue channel.
         std: Standard deviation of the red, green and blue channel.
     """
@@ -45,23 +46,35 @@ class Normalization:
     std: tuple[float, ...]
 
     @classmethod
-    def resolve(cls, name: str, config: Mapping[str, Any]) -> "Normalization":
-        """The mean and standard deviation that a name stands for.
+    def resolve(cls, setting: str | Mapping[str, Any], config: Mapping[str, Any]) -> "Normalization":
+        """The mean and standard deviation that a setting stands for.
 
         Args:
-            name: `auto` for the backbone's own, `imagenet`, `inception` (0.5 and 0.5) or `none` (0 and 1).
+            setting: `auto` for the backbone's own, `imagenet`, `inception` (0.5 and 0.5) or `none` (0 and 1), or
+                `mean` and `std` of three numbers each.
             config: The backbone's `mean` and `std`.
 
         Raises:
-            UserError: The name is none of these.
+            UserError: The setting is none of these.
         """
-        require_choice("normalization", name, get_args(NormalizationName))
-        mean, std = _FIXED[name] if name in _FIXED else (config["mean"], config["std"])
-        return cls(name, tuple(float(value) for value in mean), tuple(float(value) for value in std))
+        if isinstance(setting, Mapping):
+            values = {key: tuple(float(value) for value in setting.get(key, ())) for key in ("mean", "std")}
+            if (
+                set(setting) != set(values)
+                or any(len(value) != 3 for value in values.values())
+                or min(values["std"]) <= 0
+            ):
+                raise UserError(
+                    f"data.normalization is {dict(setting)}; expected mean and std of three numbers each, std above 0"
+                )
+            return cls("given", values["mean"], values["std"])
+        require_choice("normalization", setting, get_args(NormalizationName))
+        mean, std = _FIXED[setting] if setting in _FIXED else (config["mean"], config["std"])
+        return cls(setting, tuple(float(value) for value in mean), tuple(float(value) for value in std))
 
 
 def build_transforms(
-    config: Mapping[str, Any], augmentation: str, normalization: str, image_size: int
+    config: Mapping[str, Any], augmentation: str, normalization: str | Mapping[str, Any], image_size: int
 ) -> tuple[Transform, Transform]:
     """Build the transforms for training and for evaluation.
 

@@ -78,6 +78,8 @@ def test_sources_of_files_and_of_memory_are_registered() -> None:
         ({"seed": -1}, "data.seed is -1"),
         ({"image_size": 0}, "data.image_size is 0"),
         ({"normalization": "zero"}, "data.normalization is 'zero'"),
+        ({"normalization": {"mean": [0.5]}}, "data.normalization is .*; expected mean and std of three numbers each"),
+        ({"eval_split": "tests"}, "data.eval_split is 'tests'; expected one of test, val, train, all"),
         ({"augmentation": "heavy"}, "data.augmentation is 'heavy'"),
         ({"on_bad_image": "ignore"}, "data.on_bad_image is 'ignore'; expected one of error, skip"),
         ({"val_fraction": 0.0}, "data.val_fraction is 0.0"),
@@ -91,12 +93,74 @@ def test_each_wrong_argument_gets_one_line(arguments: dict[str, Any], expected: 
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_test_split_is_named(make_images: MakeImages) -> None:
-    data = of_folder(make_images({"train/a": 4, "train/b": 4}))
-    with pytest.raises(UserError, match="has no test images"):
-        data.test_dataloader()
-    with pytest.raises(UserError, match="has no test images"):
-        data.predict_dataloader()
+def test_b5_an_empty_test_split_is_named_with_what_to_take_instead(make_images: MakeImages) -> None:
+    root = make_images({"train/a": 4, "train/b": 4, "val/a": 1, "val/b": 2})
+    data = of_folder(root)
+    for loader in (data.test_dataloader, data.predict_dataloader):
+        with pytest.raises(UserError, match=r"has no test images here, but 8 train and 3 val; set data.eval_split"):
+            loader()
+    for split, count in {"val": 3, "train": 8, "all": 11}.items():
+        data = of_folder(root, eval_split=split)
+        for loader in (data.test_dataloader, data.predict_dataloader):
+            assert sum(len(images) for images, _ in loader()) == count
+
+
+def test_b3_an_unreadable_image_keeps_its_row_in_predict_and_says_why(root: Path) -> None:
+    truncate(root / "test/a/01.png")
+    loader = of_folder(root, on_bad_image="skip").predict_dataloader()
+    ((images, labels),) = list(loader)
+    assert labels.tolist() == [0, 0, 0]
+    assert [bool(image.isnan().all()) for image in images] == [False, True, False]
+    assert list(loader.dataset.unreadable) == [1]
+    assert "truncated" in loader.dataset.unreadable[1]
+    with pytest.raises(UserError, match=r"cannot read image .*01.png"):
+        list(of_folder(root).predict_dataloader())
+
+
+def test_a1_labels_are_those_of_the_given_classes(make_images: MakeImages) -> None:
+    root = make_images({"train/ant": 2, "train/bee": 3, "val/ant": 1, "val/bee": 1})
+    data = of_folder(root, classes=["cat", "bee", "ant"])
+    assert (data.num_classes, data.class_names) == (3, ("cat", "bee", "ant"))
+    assert [label for _, label in data.splits.train] == [2, 2, 1, 1, 1]
+    # Nothing to train cat on: fine for evaluation, an error for training.
+    data.setup("test")
+    with pytest.raises(UserError, match="no image to train on of cat; the model's classes are cat, bee, ant"):
+        data.setup("fit")
+    with pytest.raises(UserError, match="of the classes ant, bee, and the model's are bee, zant"):
+        of_folder(root, classes=["bee", "zant"])
+
+
+def test_the_same_image_in_train_and_test_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def warnings() -> list[str]:
+        caplog.clear()
+        of_folder(root).setup("fit")
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    # The fixture's images are numbered alike in every split: 5 of val and 3 of test are in train.
+    (line,) = warnings()
+    assert "8 image(s) of val or test are in train too, by content, such as " in line
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(path.read_bytes() + path.name.encode())
+    assert warnings() == []
+    # Of the same size, but not the same.
+    (root / "val/a/00.png").write_bytes(b"x" * (root / "train/a/00.png").stat().st_size)
+    assert warnings() == []
+
+
+def test_settings_hold_what_is_needed_to_use_a_model_and_give_the_same_data_again(make_images: MakeImages) -> None:
+    root = make_images({"ant": 9, "bee": 9, "cat": 3})
+    arguments = {"source": "folder", "root": str(root)}
+    data = ImageDataModule(**arguments, image_size=48, normalization="imagenet", augmentation="light", seed=3)
+    settings = data.settings()
+    assert (settings["classes"], settings["image_size"]) == (["ant", "bee", "cat"], 48)
+    assert settings["normalization"] == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert (settings["augmentation"], settings["crop_pct"], settings["interpolation"]) == ("light", None, "bicubic")
+    split = settings.pop("split")
+    given = {key: settings[key] for key in ("classes", "image_size", "normalization", "augmentation")}
+    again = ImageDataModule(**arguments, **given, **split)
+    assert again.splits == data.splits
+    assert again.settings() == {**settings, "split": split}
+    assert ImageDataModule(**arguments).settings()["crop_pct"] == 1.0
 
 
 def test_fit_announces_the_data_in_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +168,9 @@ def test_fit_announces_the_data_in_one_line(root: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("snell_lightning.data.datamodule.rank_zero_info", lines.append)
     data = of_folder(root)
     data.setup("test")
-    assert lines == []
+    # What is odd is said whatever is done, and once.
+    assert lines == ["data: no val image of b", "data: no test image of b"]
+    lines.clear()
     data.setup("fit")
     assert lines == [
         "data: folder, 12 train / 5 val / 3 test images, 2 classes, 8 x 8 pixels, "

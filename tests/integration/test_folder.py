@@ -52,7 +52,6 @@ def test_class_folders_are_split_trained_on_and_their_names_saved(here: Path, co
     write_photos(here / "photos", 20)
     modes = {Image.open(path).mode for path in (here / "photos").rglob("*.*")}
     assert modes == {"RGB", "L", "RGBA", "P"}
-    # One pass over all images: 60, less 9 for validation and 15 for testing.
     options = ("--data.root", "photos", "--trainer.limit_train_batches", "1.0", "--trainer.max_epochs", "1")
     done = command("fit", *QUICK, *FROM_FOLDER, *options)
     assert (done.status, done.errors) == (0, [])
@@ -64,9 +63,11 @@ def test_class_folders_are_split_trained_on_and_their_names_saved(here: Path, co
     done = command("predict", "--config", "vit.yaml", *FROM_FOLDER, "--data.root", "photos", *adapter)
     assert (done.status, done.errors) == (0, [])
     lines = (here / "runs" / "version_1" / "predictions.csv").read_text().splitlines()[1:]
-    assert len(lines) == 15
+    # A quarter of 60 images, which are drawn one by one.
+    assert 5 <= len(lines) <= 25
     for line in lines:
-        path, name, _ = line.split(",")
+        path, name, _, error = line.split(",")
+        assert error == ""
         assert Path(path).is_file()
         assert name in CLASSES
 
