@@ -165,7 +165,7 @@ def _checkpoint_settings(path: str) -> dict[str, Any]:
             f"{path} is not a checkpoint of this package, or is damaged ({type(error).__name__})"
         ) from error
     # Comes from the data, and where to start from is what the checkpoint itself says.
-    return {key: value for key, value in settings.items() if key not in ("num_classes", "adapter_file")}
+    return {key: value for key, value in settings.items() if key not in ("num_classes", "image_size", "adapter_file")}
 
 
 def _adapter_settings(path: str) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class SnellCLI(LightningCLI):
         parser.add_lightning_class_args(SnellMonitor, "monitor")
         parser.link_arguments("model.backbone", "data.backbone")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
         """Refuse wrong settings of the model at once: it is made after the data, which may take long to list."""

@@ -8,7 +8,7 @@ timm is imported where it is used: the command line needs this class to print a 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,7 @@ from snell_lightning.adapters import (
     freeze_all_but_head,
     inject,
     load_adapter,
+    read_adapter,
 )
 from snell_lightning.backbones import EMBEDDED_BACKBONE
 
@@ -51,6 +52,8 @@ class ImageClassifier(LightningModule):
         backbone: A timm model name, `hf-hub:ORG/NAME`, `local-dir:PATH`, or the backbone that ships with the package.
         num_classes: Number of classes; on the command line it comes from the data.
         pretrained: Start from pretrained weights. If they cannot be had, that is an error.
+        image_size: Height and width of the images, in pixels; the backbone's own if not given. On the command line it
+            comes from the data.
         backbone_args: Further arguments of `timm.create_model`, such as `drop_path_rate`.
         backbone_dtype: Type in which the adapted layers' frozen weights are held. bfloat16 halves their memory and
             rounds them once; what is trained stays in fp32.
@@ -74,6 +77,7 @@ class ImageClassifier(LightningModule):
         backbone: str = EMBEDDED_BACKBONE,
         num_classes: int = 10,
         pretrained: bool = True,
+        image_size: int | None = None,
         backbone_args: dict[str, Any] | None = None,
         backbone_dtype: Literal["float32", "bfloat16"] = "float32",
         adapter: SnellConfig | None = SnellConfig(),  # noqa: B008 - never modified
@@ -103,15 +107,22 @@ class ImageClassifier(LightningModule):
         self.warmup, self.warmup_lr, self.min_lr, self.layer_decay = warmup, warmup_lr, min_lr, layer_decay
         self.label_smoothing = label_smoothing
 
-        from snell_lightning.backbones import create_backbone
+        self.backbone_args = backbone_args or {}
+        # Class names, and what else is known of the data that the weights were tuned on.
+        self.class_names: tuple[str, ...] | None = None
+        self._seen = dict.fromkeys(("train", "val", "test"), 0)
 
-        self.model = create_backbone(backbone, num_classes, pretrained, **(backbone_args or {}))
+        from snell_lightning.backbones import create_backbone, require_image_size
+
+        self.model = create_backbone(backbone, num_classes, pretrained, image_size, **self.backbone_args)
+        if image_size is not None:
+            require_image_size(backbone, self.model, image_size)
         if adapter is None:
             freeze_all_but_head(self.model)
         else:
             inject(self.model, adapter)
         if adapter_file is not None:
-            load_adapter(adapter_file, self.model, backbone)
+            self._start_from(adapter_file)
         self._frozen: str | None = None
         if backbone_dtype != "float32":
             # An adapter belongs to the pretrained weights, however they are held.
@@ -140,6 +151,18 @@ class ImageClassifier(LightningModule):
                 module.eval()
         return self
 
+    def setup(self, stage: str) -> None:
+        """Take the class names from the data, or see that they are those of the tuned weights.
+
+        Raises:
+            UserError: They differ.
+        """
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        if names is not None:
+            if self.class_names not in (None, tuple(names)):
+                raise _other_classes(self.class_names, names)
+            self.class_names = tuple(names)
+
     def on_fit_start(self) -> None:
         """Say what is trained, and put frozen batch norms to rest: Lightning does not call `train` before it fits."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -154,6 +177,7 @@ class ImageClassifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""
         images, labels = batch
+        self._seen["train"] += len(images)
         if len(images) == 0:
             # Every image was unreadable: no gradient, but this process stays in step with the others.
             loss = self(images.new_zeros(1, *images.shape[1:])).sum() * 0
@@ -165,6 +189,20 @@ class ImageClassifier(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """See that there was something to train on."""
+        self._require_images("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """See that there was something to validate on, but for lightning's first look at a batch or two."""
+        if not self.trainer.sanity_checking:
+            self._require_images("val")
+        self._seen["val"] = 0
+
+    def on_test_epoch_end(self) -> None:
+        """See that there was something to test on."""
+        self._require_images("test")
 
     def on_after_backward(self) -> None:
         """Once: every adapter must have a gradient. One that has none is bypassed by the backbone's own code."""
@@ -225,13 +263,18 @@ class ImageClassifier(LightningModule):
         """Keep the trained tensors only, and say which frozen weights they belong to."""
         trained = {f"model.{name}" for name in adapter_state_dict(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["snell"] = {"backbone": self.backbone_name, "fingerprint": self.frozen_fingerprint}
+        data = getattr(self._trainer, "datamodule", None)
+        checkpoint["snell"] = {
+            "backbone": self.backbone_name,
+            "fingerprint": self.frozen_fingerprint,
+            "data": data.settings() if data is not None and hasattr(data, "settings") else {},
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint fits, and complete it with the frozen tensors the model has.
 
         Raises:
-            UserError: It is of another backbone, of other frozen weights, or lacks or adds a tensor.
+            UserError: It is of another backbone, other frozen weights or other classes, or lacks or adds a tensor.
         """
         made_on = checkpoint.get("snell")
         if made_on is None:
@@ -240,6 +283,10 @@ class ImageClassifier(LightningModule):
             raise UserError(
                 f"the checkpoint belongs to the backbone {made_on['backbone']!r}, not to {self.backbone_name!r}"
             )
+        if names := made_on.get("data", {}).get("classes"):
+            if self.class_names not in (None, tuple(names)):
+                raise _other_classes(names, self.class_names)
+            self.class_names = tuple(names)
         state = checkpoint["state_dict"]
         trained = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         check_adapter_state_dict(self.model, trained, "the checkpoint")
@@ -268,6 +315,7 @@ class ImageClassifier(LightningModule):
 
     def _evaluate(self, stage: Literal["val", "test"], batch: Batch) -> None:
         images, labels = batch
+        self._seen[stage] += len(images)
         logits = self._logits(images)
         metrics: Any = self.metrics[f"{stage}_stage"]
         if len(images):
@@ -275,6 +323,31 @@ class ImageClassifier(LightningModule):
             metrics["accuracy"].update(logits, labels)
         self.log(f"{stage}/loss", metrics["loss"], on_step=False, on_epoch=True)
         self.log_dict(metrics["accuracy"], on_step=False, on_epoch=True, prog_bar=stage == "val")
+
+    def _start_from(self, adapter_file: str) -> None:
+        """Load an adapter file; if it does not fit a backbone that was made otherwise, that is named as the cause."""
+        try:
+            metadata = load_adapter(adapter_file, self.model, self.backbone_name)
+        except UserError as error:
+            made = read_adapter(adapter_file)[1].get("backbone_args", self.backbone_args)
+            if made == self.backbone_args:
+                raise
+            raise UserError(
+                f"{adapter_file} was made with model.backbone_args {made}, and the backbone has {self.backbone_args}: "
+                f"give it the file's ({error})"
+            ) from error
+        if "classes" in metadata:
+            self.class_names = tuple(metadata["classes"])
+
+    def _require_images(self, split: Literal["train", "val", "test"]) -> None:
+        """Raise where no process could read an image of a split."""
+        seen = torch.tensor(self._seen[split], device=self.device)
+        self._seen[split] = 0
+        if not self.trainer.strategy.reduce(seen, reduce_op="sum"):
+            raise UserError(
+                f"not one {split} image could be read: a score or a step without images means nothing; look at the "
+                "files, or set data.on_bad_image to error to see why"
+            )
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Trained parameters, without weight decay on vectors and tokens, with a scale per layer if asked for."""
@@ -291,6 +364,13 @@ class ImageClassifier(LightningModule):
             if group["weight_decay"] != 0:
                 del group["weight_decay"]
         return [group for group in groups if group["params"]]
+
+
+def _other_classes(model: Sequence[str] | None, data: Sequence[str] | None) -> UserError:
+    return UserError(
+        f"the tuned model's classes are {', '.join(model or ())}, and the data's are {', '.join(data or ())}; give the "
+        "data module the model's as classes (data.classes), and the folders their names"
+    )
 
 
 def check_training_settings(
@@ -335,9 +415,9 @@ def _mix(mixup: float, cutmix: float, label_smoothing: float, num_classes: int) 
 
 def _metrics(stage: str, num_classes: int) -> nn.ModuleDict:
     """Exact over the whole set and over all processes: sums and counts, not means of batch means."""
-    accuracy = {
-        f"{stage}/acc{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)
-    }
+    # With five classes or fewer the right one is always among the top five.
+    ranks = (1, 5) if num_classes > 5 else (1,)
+    accuracy = {f"{stage}/acc{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in ranks}
     return nn.ModuleDict(
         {"loss": MeanMetric(), "accuracy": MetricCollection(accuracy, compute_groups=False)}  # type: ignore[arg-type]
     )

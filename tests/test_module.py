@@ -193,12 +193,46 @@ def test_evaluation_is_exact_over_batches_of_any_length_with_empty_ones(tmp_path
     assert scores["val/loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
 
 
-def test_with_fewer_than_five_classes_every_class_is_among_the_top_five(tmp_path: Path) -> None:
-    module = tiny(num_classes=3)
-    loader = DataLoader([batch(6, classes=3)], batch_size=None)
+@pytest.mark.parametrize(("classes", "top_five"), [(3, False), (5, False), (6, True)])
+def test_b6_with_five_classes_or_fewer_there_is_no_top_five(classes: int, top_five: bool, tmp_path: Path) -> None:
+    module = tiny(num_classes=classes)
+    loader = DataLoader([batch(6, classes)], batch_size=None)
     (scores,) = trainer(tmp_path).test(module, loader, verbose=False)
-    assert scores["test/acc5"] == 1
+    assert ("test/acc5" in scores) == top_five
     assert 0 <= scores["test/acc1"] <= 1
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a11_a_split_without_a_readable_image_is_an_error(split: str, tmp_path: Path) -> None:
+    loaders = {name: DataLoader([batch(0 if name == split else 4)] * 3, batch_size=None) for name in ("train", "val")}
+    run = trainer(tmp_path, max_epochs=1, max_steps=-1, num_sanity_val_steps=1)
+    start: Any = run.test if split == "test" else run.fit
+    given = [DataLoader([batch(0)], batch_size=None)] if split == "test" else list(loaders.values())
+    with pytest.raises(UserError, match=f"not one {split} image could be read"):
+        start(tiny(), *given)
+
+
+def test_a11_a_first_look_at_unreadable_images_alone_is_no_error(tmp_path: Path) -> None:
+    val = DataLoader([batch(0), batch(4)], batch_size=None)
+    run = trainer(tmp_path, max_epochs=1, max_steps=-1, num_sanity_val_steps=1)
+    run.fit(tiny(), DataLoader([batch(4)], batch_size=None), val)
+    assert run.callback_metrics["val/loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"), [("vit_micro_patch4_32.mnist5k", 48), ("test_efficientnet", 40), ("test_vit", 64)]
+)
+def test_b1_a_backbone_takes_another_image_size_where_timm_can_resample(backbone: str, size: int) -> None:
+    module = tiny(backbone=backbone, backbone_args=None, image_size=size, adapter=None)
+    assert module(torch.randn(2, 3, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "levit_128s"])
+def test_b1_an_image_size_that_a_backbone_cannot_take_is_one_line(backbone: str) -> None:
+    expected = rf"'{backbone}' does not take images of 37 x 37 pixels \(.*\); leave data.image_size out for its own"
+    with pytest.raises(UserError, match=expected) as caught:
+        tiny(backbone=backbone, backbone_args=None, image_size=37, adapter=None)
+    assert "\n" not in str(caught.value)
 
 
 def test_predictions_are_probabilities_also_of_no_image() -> None:

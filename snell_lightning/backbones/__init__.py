@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from snell_lightning.backbones.create import create_backbone, data_config
+    from snell_lightning.backbones.create import create_backbone, data_config, require_image_size
 
-__all__ = ["EMBEDDED_BACKBONE", "create_backbone", "data_config"]
+__all__ = ["EMBEDDED_BACKBONE", "create_backbone", "data_config", "require_image_size"]
 
 EMBEDDED_BACKBONE = "vit_micro_patch4_32.mnist5k"
 """Name of the backbone that ships with the package; `embedded.py` describes it."""
@@ -13,7 +13,7 @@ EMBEDDED_BACKBONE = "vit_micro_patch4_32.mnist5k"
 
 def __getattr__(name: str) -> Any:
     # timm is imported when a backbone is first asked for: the name alone is the default of model and data.
-    if name in ("create_backbone", "data_config"):
+    if name in ("create_backbone", "data_config", "require_image_size"):
         from snell_lightning.backbones import create
 
         return getattr(create, name)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import constants as hub
 from huggingface_hub.utils import get_session
 from timm.data import resolve_data_config
@@ -26,7 +27,9 @@ _OFFLINE_CHOICES = (
 )
 
 
-def create_backbone(name: str, num_classes: int, pretrained: bool = True, **arguments: Any) -> nn.Module:
+def create_backbone(
+    name: str, num_classes: int, pretrained: bool = True, image_size: int | None = None, **arguments: Any
+) -> nn.Module:
     """Create a timm model with a fresh classifier.
 
     Args:
@@ -34,11 +37,13 @@ def create_backbone(name: str, num_classes: int, pretrained: bool = True, **argu
             embedded backbone's name.
         num_classes: Outputs of the classifier, at least 1.
         pretrained: Load the pretrained weights; `False` starts from random ones.
+        image_size: Height and width of the images it is to take, in pixels; its own if not given. timm resamples
+            position embeddings for it. `require_image_size` tells whether that was enough.
         **arguments: Passed on to `timm.create_model`, for example `drop_path_rate`.
 
     Raises:
         UserError: The name is unknown, has no pretrained weights though they were asked for, the weights cannot be
-            had, or an argument does not fit the model.
+            had or do not fit the image size, or an argument does not fit the model.
     """
     config = _pretrained_config(name)
     if pretrained and not _has_weights(config):
@@ -46,9 +51,16 @@ def create_backbone(name: str, num_classes: int, pretrained: bool = True, **argu
             f"backbone {name!r} has no pretrained weights in timm; name one that has, such as "
             f"{_with_weights(name)}, or ask for random weights with pretrained: false"
         )
+    resized = _resized(config, image_size, arguments)
     try:
         with _hub_or_cache(pretrained and not config.get("file") and config.get("source") != "local-dir"):
-            return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+            try:
+                return timm.create_model(name, pretrained, num_classes=num_classes, **arguments, **resized)
+            except TypeError as error:
+                if not resized or "img_size" not in str(error):
+                    raise
+                # A model of this kind takes any size as it is, or none but its own.
+                return timm.create_model(name, pretrained, num_classes=num_classes, **arguments)
     except TypeError as error:
         raise UserError(f"backbone {name!r} does not take these arguments {sorted(arguments)}: {error}") from error
     except Exception as error:
@@ -57,7 +69,44 @@ def create_backbone(name: str, num_classes: int, pretrained: bool = True, **argu
                 f"the pretrained weights of {name!r} are not in the cache and the hub cannot be reached; "
                 f"{_OFFLINE_CHOICES}"
             ) from error
+        if resized and isinstance(error, (RuntimeError, AssertionError, ValueError)):
+            raise UserError(_other_size(name, image_size, error)) from error
         raise
+
+
+def require_image_size(name: str, model: nn.Module, image_size: int) -> None:
+    """Raise unless a backbone takes square images of that size; where it is its own, nothing is run to find out.
+
+    Raises:
+        UserError: It does not.
+    """
+    channels, *own = data_config(name)["input_size"]
+    if own == [image_size, image_size]:
+        return
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, channels, image_size, image_size))
+    except Exception as error:  # each model has its own way to refuse a size
+        raise UserError(_other_size(name, image_size, error)) from error
+    finally:
+        model.train(training)
+
+
+def _resized(config: dict[str, Any], image_size: int | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The argument that gives a model of fixed image size another one."""
+    own = tuple(config.get("input_size") or ())[1:]
+    if image_size is None or own == (image_size, image_size) or "img_size" in arguments:
+        return {}
+    return {"img_size": image_size} if config.get("fixed_input_size") else {}
+
+
+def _other_size(name: str, image_size: int | None, error: BaseException) -> str:
+    height, width = data_config(name)["input_size"][1:]
+    return (
+        f"backbone {name!r} does not take images of {image_size} x {image_size} pixels ({_first_line(error)}); leave "
+        f"data.image_size out for its own {height} x {width}, or try a multiple of its patch size"
+    )
 
 
 def data_config(name: str) -> dict[str, Any]:

@@ -143,10 +143,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         values: dict[str, Any] = {"epoch": trainer.current_epoch}
         if self.monitor is not None and self.best_model_score is not None:
             values[self.monitor] = float(self.best_model_score)
-        if data is not None and hasattr(data, "class_names"):
-            values["classes"] = list(data.class_names)
-            values["normalization"] = {"mean": list(data.mean), "std": list(data.std)}
-            values["image_size"] = data.image_size
+        if hasattr(data, "settings"):
+            values |= data.settings()
         save_adapter(
             self.adapter_path,
             module.model,
@@ -154,6 +152,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             module.backbone_name,
             frozen=module.frozen_fingerprint,
             num_classes=module.num_classes,
+            backbone_args=module.backbone_args,
             **values,
         )
 

@@ -159,7 +159,9 @@ class _Subject:
         self._shape = (channels, height, width)
         with torch.random.fork_rng(devices=[]):
             with nullcontext() if fake is None else _Unallocated(fake):
-                model = create_backbone(job.backbone, job.num_classes, pretrained=False, **job.backbone_args)
+                model = create_backbone(
+                    job.backbone, job.num_classes, pretrained=False, image_size=job.image_size, **job.backbone_args
+                )
             if fake is not None:
                 _make_fake(model, fake)
             with self._mode:
