@@ -1,6 +1,11 @@
-"""The logger a run has by default: lightning's for TensorBoard, with its arguments spelled out."""
+"""The logger a run has by default: lightning's for TensorBoard, with a folder of its own, and arguments by name."""
+
+from pathlib import Path
 
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from snell_lightning.runs import claim
 
 
 class RunLogger(TensorBoardLogger):
@@ -53,3 +58,10 @@ class RunLogger(TensorBoardLogger):
             flush_secs=flush_secs,
             filename_suffix=filename_suffix,
         )
+
+    def _get_next_version(self) -> int:
+        """The next free number, taken by making the folder: of runs that start at once, each gets its own."""
+        number = super()._get_next_version()
+        # Other processes of this run are told the folder's name by the first.
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        return claim(Path(self.root_dir), number) if first else number

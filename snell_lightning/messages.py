@@ -9,6 +9,13 @@ import torch
 
 from snell_lightning.adapters import SnellConfig, UserError
 
+LINKED = {
+    "model.num_classes": "the number of class folders that the data have",
+    "model.image_size": "data.image_size",
+    "data.backbone": "model.backbone",
+}
+"""Keys that are not the user's to give, and what they follow from."""
+
 
 class ConfigError(UserError):
     """What jsonargparse says about a command line or a config, in its own words."""
@@ -28,6 +35,10 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and str(error).startswith("Does not validate against"):
         # What jsonargparse makes of an error that a settings class raised.
         return explain(str(error))
+    if isinstance(error, RuntimeError) and (taken := re.search(r"expected (\S+) to NOT exist", str(error))):
+        return (
+            f"another run has saved {taken[1]}; give this one a folder of its own, such as trainer.logger.version NAME"
+        )
     if isinstance(error, UserError) or _is_lightnings(error):
         return " ".join(str(error).split())
     return None
@@ -96,6 +107,7 @@ def _nearest_key(key: str) -> str | None:
     }
     keys = {f"{group}.{name}" for group, cls in groups.items() for name in inspect.signature(cls).parameters}
     keys |= {*groups, "config", "seed_everything", "ckpt_path"}
+    keys -= LINKED.keys()
     # A key that stands in the wrong group, or in none, is looked for by its last part.
     by_leaf = {name.rpartition(".")[2]: name for name in sorted(keys)}
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)

@@ -107,7 +107,7 @@ class ImageClassifier(LightningModule):
         self.warmup, self.warmup_lr, self.min_lr, self.layer_decay = warmup, warmup_lr, min_lr, layer_decay
         self.label_smoothing = label_smoothing
 
-        self.backbone_args = backbone_args or {}
+        self.backbone_args, self.pretrained = backbone_args or {}, pretrained
         # Class names, and what else is known of the data that the weights were tuned on.
         self.class_names: tuple[str, ...] | None = None
         self._seen = dict.fromkeys(("train", "val", "test"), 0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from snell_lightning.adapters import save_adapter
 from snell_lightning.module import ImageClassifier
+from snell_lightning.runs import ADAPTER
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -61,7 +62,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         # Reading `log_dir` talks to the other processes, so all of them do it here.
         folder = trainer.log_dir or trainer.default_root_dir
         if stage == "fit":
-            self.adapter_path = Path(folder) / "adapter.safetensors"
+            self.adapter_path = Path(folder) / ADAPTER
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the random generators the state that a resumed run was stopped with."""
@@ -118,7 +119,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         best = Path(state_dict["best_model_path"])
         if state_dict["dirpath"] != self.dirpath and self.dirpath is not None and best.is_file():
             here = Path(self.dirpath) / best.name
-            adapter = Path(state_dict["dirpath"]).parent / "adapter.safetensors"
+            adapter = Path(state_dict["dirpath"]).parent / ADAPTER
             if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
                 here.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(best, here)
@@ -153,6 +154,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             frozen=module.frozen_fingerprint,
             num_classes=module.num_classes,
             backbone_args=module.backbone_args,
+            pretrained=module.pretrained,
             **values,
         )
 

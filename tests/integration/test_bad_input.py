@@ -94,6 +94,10 @@ STARTED = ("config.yaml", "hparams.yaml")
         (("--model.adapter.sparsifier", "sfot"), ["did you mean soft?"]),
         (("--model.adapter.targets", "[nothere]"), ["'nothere' matches nothing", "blocks.0.attn"]),
         (("--model.warmup", "1"), ["warmup must be", "not 1"]),
+        (("--model.num_classes", "5"), ["model.num_classes comes from the number of class folders", "leave it out"]),
+        (("--data.backbone", "test_vit"), ["data.backbone comes from model.backbone; leave it out"]),
+        (("--model.image_size=48",), ["model.image_size comes from data.image_size; leave it out"]),
+        (("--data.image_size", "1"), ["does not take images of 1 x 1 pixels", "data.image_size", "32 x 32"]),
         (("--trainer.accelerator", "abacus"), ["abacus"]),
         (("--checkpoint.mode", "most"), ["min, max", "most"]),
         (from_folder("nowhere"), ["data.root nowhere does not exist"]),
@@ -114,6 +118,7 @@ def test_a_wrong_value_is_named_before_anything_is_written(
         ("model:\n  bakbone: test_vit\n", ["'model.bakbone'", "did you mean 'model.backbone'?"]),
         ("model:\n  adapter:\n    rnk: 3\n", ["'model.adapter.rnk'", "did you mean 'model.adapter.rank'?"]),
         ("data:\n  rank: 3\n", ["'data.rank'", "did you mean 'model.adapter.rank'?"]),
+        ("model:\n  num_classes: 5\n", ["model.num_classes comes from", "leave it out"]),
         ("rank: 3\n", ["'rank'", "did you mean 'model.adapter.rank'?"]),
         ("model:\n  adapter:\n    sparsity: much\n", ["model.adapter.sparsity: expected float, not much"]),
         ("trainer:\n  max_epochs: ten\n", ["trainer.max_epochs: expected int, not ten"]),
@@ -168,9 +173,24 @@ def test_truncated_images_are_left_out_and_counted_if_that_is_asked_for(
 
 
 @pytest.mark.parametrize("verb", ["test", "predict"])
-def test_evaluating_without_test_images_is_refused(verb: str, one_is_cut: str, refused: Refused) -> None:
-    message = refused(verb, "--config", "vit.yaml", *from_folder("images"), new=STARTED)
-    assert "has no test images" in message
+def test_b5_evaluating_without_test_images_says_which_splits_there_are(
+    verb: str, one_is_cut: str, command: Command, refused: Refused
+) -> None:
+    skip = ("--data.on_bad_image", "skip")
+    assert command("fit", *QUICK, *from_folder("images"), *skip).status == 0
+    tuned = ("--config", "runs/version_1/config.yaml")
+    message = refused(verb, *tuned, new=STARTED)
+    assert "has no test images here, but 8 train and 2 val; set data.eval_split to one of these" in message
+    done = command(verb, *tuned, "--data.eval_split", "val")
+    assert (done.status, done.errors) == (0, [])
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a2_evaluating_what_was_never_tuned_is_refused(verb: str, work: Path, refused: Refused) -> None:
+    assert f"{verb} needs a tuned model: name one with" in refused(verb, "--config", "vit.yaml")
+    (work / ADAPTER).unlink()
+    message = refused(verb, "--config", "runs/version_0/config.yaml")
+    assert "the run in runs/version_0 has no adapter.safetensors; name what is to be used with --ckpt_path" in message
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(refused: Refused) -> None:
@@ -241,7 +261,7 @@ def test_an_adapter_file_of_another_backbone_rank_or_number_of_classes_is_refuse
     for name in ("cats", "dogs"):
         fill(work / "images" / name, 4)
     message = refused("fit", *QUICK, *from_folder("images"), *given)
-    assert "head.weight is (10, 144) in the adapter and (2, 144) in the model" in message
+    assert "images are of the classes cats, dogs, and the model's are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in message
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty", "pickled payload"])
