@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -278,6 +278,49 @@ def test_a_saved_module_is_the_same_after_loading(tmp_path: Path) -> None:
     images, _ = batch(2)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(images), module.eval()(images))
+
+
+def test_a6_other_backbone_args_are_named_where_an_adapter_does_not_fit(tmp_path: Path) -> None:
+    module = tiny()
+    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[AdapterCheckpoint(monitor=None)])
+    run.fit(module, DataLoader([batch(4)], batch_size=None))
+    path = str(tmp_path / "adapter.safetensors")
+    torch.manual_seed(0)
+    with pytest.raises(
+        UserError, match="was made with model.backbone_args {'img_size': 32}, and the backbone has {'img"
+    ):
+        tiny(adapter_file=path, backbone_args={"img_size": 32, "init_values": 0.1})
+    # With the file's own, it is the weights.
+    with pytest.raises(UserError, match="other frozen weights"):
+        tiny(adapter_file=path)
+
+
+def test_a1_a_data_module_of_other_classes_is_refused_without_the_command_line(tmp_path: Path) -> None:
+    class Data(LightningDataModule):
+        def __init__(self, *names: str) -> None:
+            super().__init__()
+            self.class_names = names
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader([batch(4)], batch_size=None)
+
+        test_dataloader = train_dataloader
+
+        def settings(self) -> dict[str, Any]:
+            return {"classes": list(self.class_names)}
+
+    names, others = tuple("abcdefg"), tuple("bcdefgz")
+    module = tiny()
+    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[AdapterCheckpoint(monitor=None)])
+    run.fit(module, datamodule=Data(*names))
+    expected = "the tuned model's classes are a, b, c, d, e, f, g, and the data's are b, c, d, e, f, g, z"
+    with pytest.raises(UserError, match=expected):
+        trainer(tmp_path).test(module, datamodule=Data(*others), verbose=False)
+    torch.manual_seed(0)
+    fresh = tiny()
+    checkpoint = {"ckpt_path": tmp_path / "checkpoints" / "last.ckpt", "weights_only": True}
+    with pytest.raises(UserError, match=expected):
+        trainer(tmp_path).test(fresh, datamodule=Data(*others), verbose=False, **checkpoint)
 
 
 def test_a_checkpoint_that_lacks_or_adds_a_tensor_is_refused() -> None:

@@ -69,9 +69,11 @@ def create_backbone(
                 f"the pretrained weights of {name!r} are not in the cache and the hub cannot be reached; "
                 f"{_OFFLINE_CHOICES}"
             ) from error
-        if resized and isinstance(error, (RuntimeError, AssertionError, ValueError)):
+        if isinstance(error, UserError) or not (resized or arguments):
+            raise
+        if resized:
             raise UserError(_other_size(name, image_size, error)) from error
-        raise
+        raise UserError(f"backbone {name!r} cannot be made with {arguments}: {_first_line(error)}") from error
 
 
 def require_image_size(name: str, model: nn.Module, image_size: int) -> None:

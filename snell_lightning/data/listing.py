@@ -112,5 +112,5 @@ def _is_image(name: str) -> bool:
 
 
 def _with_hint(ending: str, count: int) -> str:
-    hint = " (pip install pillow-heif reads them)" if ending in _HEIF else ""
+    hint = " (pip install pillow-heif to read them)" if ending in _HEIF else ""
     return f"{count:,} {ending or 'without ending'}{hint}"

@@ -75,6 +75,7 @@ STARTED = ("config.yaml", "hparams.yaml")
         (("--model.backbone", "vit_bse_patch16_224"), ["did you mean vit_base_patch16_224"]),
         (("--model.backbone", "vit_base_patch16_224.nope"), ["vit_base_patch16_224.augreg_in21k"]),
         (("--model.backbone_args", "{depht: 3}"), ["depht", EMBEDDED_BACKBONE]),
+        (("--model.backbone_args", "{class_token: false}"), ["cannot be made with {'class_token': False}"]),
         (("--model.bakbone", "test_vit"), ["'model.bakbone'", "did you mean 'model.backbone'?"]),
         (("--model.adapter.rnk=3",), ["'model.adapter.rnk'", "did you mean 'model.adapter.rank'?"]),
         (("--data.rank", "3"), ["'data.rank'", "did you mean 'model.adapter.rank'?"]),
