@@ -1,6 +1,14 @@
 """`python -m snell_lightning fit --config vit.yaml`."""
 
-from snell_lightning.cli import main
+import sys
+
+from snell_lightning.help import help_for
 
 if __name__ == "__main__":
-    main()
+    # Before anything heavy is imported.
+    if (text := help_for(sys.argv[1:])) is not None:
+        print(text)
+    else:
+        from snell_lightning.cli import main
+
+        main()

@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from snell_lightning.adapters import UserError, read_adapter
+from snell_lightning.help import COMMANDS, help_for
 from snell_lightning.messages import LINKED, one_line
 from snell_lightning.runs import own_adapter
 
@@ -38,6 +39,7 @@ _DEBUG = "SNELL_DEBUG"
 _EVALUATE = ("validate", "test", "predict")
 _SPLIT_KEYS = ("data.seed", "data.val_fraction", "data.test_fraction", "data.fixed_splits")
 _ABSENT = object()
+_HELP_ALL = "--help-all"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,8 +71,15 @@ def make_cli(arguments: Sequence[str], run: bool = True) -> "SnellCLI":
         arguments: The command line without the program's name.
         run: False makes trainer, model and data without running them; `arguments` then starts with no command.
     """
+    if (text := help_for(arguments)) is not None:
+        print(text)
+        raise SystemExit(0)
+    if run and not arguments:
+        raise UserError(f"name a command: {', '.join(COMMANDS)}; --help says more")
     _quieten()
-    arranged = arrange_arguments(arguments)
+    arranged = arrange_arguments([argument for argument in arguments if argument != _HELP_ALL])
+    if _HELP_ALL in arguments:
+        arranged = [*arranged[:1], "--help"]
     from snell_lightning.lightning_cli import run_cli
 
     return run_cli(arranged, run)

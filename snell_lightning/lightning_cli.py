@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from snell_lightning.adapters import SnellConfig
 from snell_lightning.callbacks import AdapterCheckpoint, FiniteLoss, PredictionWriter, SnellMonitor
 from snell_lightning.data import ImageDataModule
+from snell_lightning.help import COMMANDS, PROGRAM, TITLE
 from snell_lightning.messages import ConfigError
 from snell_lightning.module import ImageClassifier, check_training_settings
 
@@ -115,6 +116,11 @@ def run_cli(arguments: Sequence[str], run: bool) -> SnellCLI:
             "logger": {"class_path": "snell_lightning.logger.RunLogger"},
         },
         save_config_kwargs={"overwrite": False},
+        parser_kwargs={
+            "description": TITLE,
+            "prog": PROGRAM,
+            **{command: {"description": text} for command, text in COMMANDS.items()},
+        },
         auto_configure_optimizers=False,
         run=run,
         args=list(arguments),

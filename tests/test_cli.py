@@ -11,8 +11,9 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from snell_lightning import UserError
+from snell_lightning import SnellConfig, UserError
 from snell_lightning.cli import SHIPPED_CONFIGS, arrange_arguments, find_config, main, make_cli
+from snell_lightning.help import COMMANDS, KEYS, TITLE
 from snell_lightning.lightning_cli import SnellCLI
 from snell_lightning.messages import ConfigError, explain, one_line
 
@@ -246,3 +247,42 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("snell_lightning.cli.make_cli", fail)
     with pytest.raises(ZeroDivisionError):
         main(["fit"])
+
+
+class TestHelp:
+    """B6: a title and the dozen keys that matter first; all keys behind one more option."""
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_it_is_short_and_ends_with_the_way_to_all_keys(self, command: str, capsys: Any) -> None:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert stop.value.code == 0
+        assert lines[0] == TITLE
+        assert len(lines) <= 30
+        assert max(map(len, lines)) <= 110
+        assert lines[-1] == f"all keys: python -m snell_lightning {command} --help-all"
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_key_in_it_is_one_and_all_keys_are_under_our_title(
+        self, command: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit):
+            main([command, "--help-all"])
+        everything = capsys.readouterr().out
+        assert COMMANDS[command] in everything
+        assert "python -m snell_lightning" in everything
+        keys = {name.split()[0] for name in KEYS[command]}
+        assert len(keys) >= 8
+        # Those of the adapter and of the optimizer are not spelled out there.
+        nested = {key for key in keys if key.startswith(("--model.adapter.", "--model.optimizer."))}
+        assert {key for key in keys - nested if f"{key} " not in everything} == set()
+        known = {*vars(SnellConfig()), "lr"}
+        assert {key.rpartition(".")[2] for key in nested} <= known
+
+    def test_without_a_command_the_commands_are_listed(self, capsys: Any) -> None:
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        printed = capsys.readouterr().out
+        assert [name for name in COMMANDS if f"  {name} " in printed] == list(COMMANDS)

@@ -286,9 +286,7 @@ def test_a6_other_backbone_args_are_named_where_an_adapter_does_not_fit(tmp_path
     run.fit(module, DataLoader([batch(4)], batch_size=None))
     path = str(tmp_path / "adapter.safetensors")
     torch.manual_seed(0)
-    with pytest.raises(
-        UserError, match="was made with model.backbone_args {'img_size': 32}, and the backbone has {'img"
-    ):
+    with pytest.raises(UserError, match=r"made with model\.backbone_args .*, and the backbone has {.*init_values"):
         tiny(adapter_file=path, backbone_args={"img_size": 32, "init_values": 0.1})
     # With the file's own, it is the weights.
     with pytest.raises(UserError, match="other frozen weights"):

@@ -45,8 +45,8 @@ print(json.dumps(results))
 
 def test_help_and_refusals_import_nothing_heavy_beyond_what_lightning_does(tmp_path: Path) -> None:
     expected = {
-        ("--help",): "Available subcommands",
-        ("fit", "--help"): "--model.backbone",
+        ("--help-all",): "Available subcommands",
+        ("fit", "--help-all"): "--model.backbone",
         (*FIT, "--data.bach_size", "3"): "did you mean 'data.batch_size'?",
         (*FIT, "--data.batch_size", "many"): "data.batch_size: expected int, not many",
         (*FIT, "--data.source", "digts"): "expected one of digits, folder",
@@ -60,6 +60,16 @@ def test_help_and_refusals_import_nothing_heavy_beyond_what_lightning_does(tmp_p
     for (arguments, part), (said, imported) in zip(expected.items(), results, strict=True):
         assert part in said, arguments
         assert imported == [], arguments
+
+
+def test_b6_help_imports_nothing(tmp_path: Path) -> None:
+    for arguments in (["--help"], ["fit", "--help"], ["test", "-h", "--config", "vit.yaml"]):
+        command = [sys.executable, "-X", "importtime", "-m", "snell_lightning", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert done.stdout.startswith("Fine-tune a pretrained vision backbone")
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert {"snell_lightning.help"} <= imported
+        assert imported.isdisjoint({"torch", "numpy", "yaml", "lightning", "jsonargparse", "PIL"})
 
 
 def test_a_file_that_cannot_be_read_is_told_of_before_lightning_is_imported(tmp_path: Path) -> None:
