@@ -77,9 +77,9 @@ def make_cli(arguments: Sequence[str], run: bool = True) -> "SnellCLI":
     if run and not arguments:
         raise UserError(f"name a command: {', '.join(COMMANDS)}; --help says more")
     _quieten()
-    arranged = arrange_arguments([argument for argument in arguments if argument != _HELP_ALL])
+    arranged = arrange_arguments(arguments)
     if _HELP_ALL in arguments:
-        arranged = [*arranged[:1], "--help"]
+        arranged = [argument for argument in arguments[:1] if argument != _HELP_ALL] + ["--help"]
     from snell_lightning.lightning_cli import run_cli
 
     return run_cli(arranged, run)
