@@ -52,7 +52,13 @@ class SnellCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's commands and our own, with the arguments that are not the user's to give."""
-        return {**LightningCLI.subcommands(), "memory": {"model", "datamodule"}}
+        own = {command: LightningCLI.subcommands()[command] | {"verbose"} for command in ("validate", "test")}
+        return {**LightningCLI.subcommands(), **own, "memory": {"model", "datamodule"}}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """The arguments of a verb; the table of scores is `SnellMonitor`'s instead of lightning's."""
+        quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
+        return {**super()._prepare_subcommand_kwargs(subcommand), **quiet}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Name the callbacks, and let the data decide what follows from it."""

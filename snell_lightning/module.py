@@ -111,6 +111,7 @@ class ImageClassifier(LightningModule):
         # Class names, and what else is known of the data that the weights were tuned on.
         self.class_names: tuple[str, ...] | None = None
         self._seen = dict.fromkeys(("train", "val", "test"), 0)
+        self.images_read = 0
 
         from snell_lightning.backbones import create_backbone, require_image_size
 
@@ -343,7 +344,9 @@ class ImageClassifier(LightningModule):
         """Raise where no process could read an image of a split."""
         seen = torch.tensor(self._seen[split], device=self.device)
         self._seen[split] = 0
-        if not self.trainer.strategy.reduce(seen, reduce_op="sum"):
+        # Of the pass that ends, over all processes.
+        self.images_read = int(self.trainer.strategy.reduce(seen, reduce_op="sum"))
+        if not self.images_read:
             raise UserError(
                 f"not one {split} image could be read: a score or a step without images means nothing; look at the "
                 "files, or set data.on_bad_image to error to see why"

@@ -74,8 +74,14 @@ class SnellMonitor(Callback):
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave validation out of the throughput."""
+        """Leave validation out of the throughput; where it is all there is to do, print its scores."""
         self._clock += time.perf_counter() - self._paused
+        if trainer.state.fn == "validate":
+            _print_scores(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the scores."""
+        _print_scores(trainer, pl_module, "test")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """At a logging step, and at the first, start to count what autograd keeps."""
@@ -102,6 +108,10 @@ class SnellMonitor(Callback):
     ) -> None:
         """Count images; log the last logging step's values, and at a logging step collect new ones."""
         self._images += len(batch[0])
+        elapsed = time.perf_counter() - self._clock
+        if elapsed > 0:
+            rate = self._images * trainer.world_size / elapsed
+            pl_module.log("images/s", round(rate, 1), prog_bar=True, logger=False, batch_size=1)
         self._flush(trainer)
         step = trainer.global_step
         if step and step != self._logged_step and step % self._interval(trainer) == 0:
@@ -120,11 +130,7 @@ class SnellMonitor(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the closing table."""
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            bar = getattr(trainer.progress_bar_callback, "progress", None)
-            if isinstance(bar, Progress):
-                # Else it would be drawn over the table.
-                bar.stop()
-            Console().print(self._summary(trainer, pl_module))
+            _print(trainer, self._summary(trainer, pl_module))
 
     def _interval(self, trainer: Trainer) -> int:
         return max(1, self.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -175,9 +181,7 @@ class SnellMonitor(Callback):
             logger.log_metrics(metrics, step=pending.step)
 
     def _summary(self, trainer: Trainer, module: LightningModule) -> Table:
-        table = Table(title="Run finished", show_header=False, title_justify="left")
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
+        table = _table("Run finished")
         checkpoint: Any = trainer.checkpoint_callback
         best = getattr(checkpoint, "best_model_score", None)
         if best is not None:
@@ -201,6 +205,41 @@ class SnellMonitor(Callback):
         if self._log_dir:
             table.add_row("curves", f"tensorboard --logdir {_short(self._log_dir)}")
         return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _print(trainer: Trainer, table: Table) -> None:
+    bar = getattr(trainer.progress_bar_callback, "progress", None)
+    if isinstance(bar, Progress):
+        # Else it would be drawn over the table.
+        bar.stop()
+    Console().print(table)
+
+
+def _print_scores(trainer: Trainer, module: LightningModule, stage: str) -> None:
+    """A table of the scores of an evaluation, over which images, and of which model."""
+    if not trainer.is_global_zero:
+        return
+    table = _table("Tested" if stage == "test" else "Validated")
+    for name, value in sorted(trainer.callback_metrics.items()):
+        if name.startswith(f"{stage}/"):
+            table.add_row(name, f"{float(value):.6f}")
+    data: Any = getattr(trainer, "datamodule", None)
+    split = getattr(data, "eval_split", stage) if stage == "test" else stage
+    accuracy = trainer.callback_metrics.get(f"{stage}/acc1")
+    if accuracy is not None and (count := getattr(module, "images_read", 0)):
+        right = round(float(accuracy) * count)
+        table.add_row("right", f"{right:,} of {count:,} images ({split})")
+    source = trainer.ckpt_path or module.hparams.get("adapter_file")
+    if source:
+        table.add_row("model", _short(str(source)))
+    _print(trainer, table)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

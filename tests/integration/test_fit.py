@@ -43,7 +43,7 @@ def load(path: Path) -> dict:
 
 
 def lightning_score(out: str, name: str) -> float:
-    """A value from the table that lightning prints after `validate` and `test`."""
+    """A value from the table that is printed after `validate` and `test`."""
     (line,) = (line for line in out.splitlines() if name in line)
     return float(line.replace("│", " ").split()[-1])
 
@@ -169,6 +169,14 @@ def test_test_gives_the_same_score_from_checkpoint_and_adapter_file_and_a_count_
         accuracy = float((module(images).argmax(-1) == labels).float().mean())
     assert lightning_score(tested.out, "test/acc1") == pytest.approx(accuracy, abs=1e-6)
     assert lightning_score(from_file.out, "test/acc1") == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_b6_test_prints_a_table_of_its_own(work: Path, command: Command) -> None:
+    done = command("test", "--config", "runs/version_0/config.yaml", "--data.on_bad_image", "skip")
+    score = lightning_score(done.out, "test/acc1")
+    assert f"{round(score * 449)} of 449 images (test)" in done.out
+    assert "runs/version_0/adapter.safetensors" in done.out
+    assert "DataLoader 0" not in done.out
 
 
 def test_validate_gives_the_score_of_the_run(work: Path, command: Command) -> None:
