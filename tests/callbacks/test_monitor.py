@@ -50,6 +50,13 @@ def test_zeros_are_counted_in_the_updates_as_applied() -> None:
     assert int(count_zeros(updates)) == 84
 
 
+def test_b6_images_a_second_stand_in_the_bar_and_in_no_curve(recorder: Recorder, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(callbacks=[SnellMonitor(every_n_steps=1)], logger=recorder)
+    trainer.fit(make_classifier(), loader(2))
+    assert trainer.progress_bar_metrics["images/s"] > 0
+    assert all("images/s" not in metrics for _, metrics in recorder.seen)
+
+
 def test_logged_sparsity_is_a_recount_of_all_adapted_entries(recorder: Recorder, make_trainer: MakeTrainer) -> None:
     module = make_classifier(
         adapter=SnellConfig(rank=2, sparsity=0.7, targets=["attn"], sparsity_pattern={r"blocks\.0\.attn\.proj": 0.2})

@@ -5,7 +5,10 @@ anything that goes wrong with labels, pixels or weights shows in its accuracy.
 """
 
 import csv
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -349,7 +352,7 @@ class TestB:
     @pytest.mark.parametrize("size", ["16", "48", "224"])
     def test_b1_the_embedded_backbone_takes_other_image_sizes(self, size: str, here: Path, command: Command) -> None:
         options = ("--data.image_size", size, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1")
-        done = command(*FIT, *options, "--data.batch_size", "4", "--trainer.limit_val_batches", "1")
+        done = command(*FIT, *options, "--data.batch_size", "2", "--trainer.limit_val_batches", "1")
         assert (done.status, done.errors) == (0, [])
         assert read_adapter("runs/version_1/adapter.safetensors")[1]["image_size"] == int(size)
 
@@ -366,3 +369,25 @@ class TestB:
         assert (bad["class"], bad["probability"]) == ("", "")
         assert "truncated" in bad["error"]
         assert all(row["class"] and not row["error"] for row in rows.values() if row is not bad)
+
+    def test_b2_two_runs_that_start_at_once_get_a_folder_each(self, here: Path) -> None:
+        shutil.rmtree(here / "runs")
+        arguments = [sys.executable, "-m", "snell_lightning", *FIT, "--trainer.max_steps", "1"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+        runs = [
+            subprocess.Popen(arguments, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for _ in range(2)
+        ]
+        printed = [run.communicate(timeout=240)[0].decode() for run in runs]
+        assert [run.returncode for run in runs] == [0, 0], printed
+        for number in range(2):
+            assert (here / f"runs/version_{number}/adapter.safetensors").is_file()
+        assert "runs/version_1" in "".join(printed)
+        assert "runs/version_0" in "".join(printed)
+
+    def test_b2_a_folder_that_is_taken_by_name_is_one_line(self, here: Path, command: Command) -> None:
+        before = {path: path.read_bytes() for path in (here / "runs").rglob("*") if path.is_file()}
+        done = command(*FIT, "--trainer.logger.version", "version_0")
+        assert done.status == 1
+        assert "another run has saved runs/version_0/config.yaml; give this one a folder of its own" in done.errors[0]
+        assert {path: path.read_bytes() for path in before} == before
