@@ -163,15 +163,13 @@ def _samples(
 ) -> dict[str, Sample]:
     """Every image of class folders by its path below the root, in the order of classes and then of paths."""
     samples: dict[str, Sample] = {}
-    seen: set[str] = set()
-    for name, paths in folders.items():
-        before = listing.endings.copy()
-        images = [image for path in paths for image in listing.images(path, seen)]
+    for name, images in listing.images(folders).items():
         if not images:
-            others = ", ".join(f"{count} {ending}" for ending, count in (listing.endings - before).most_common(3))
+            endings = Listing([]).endings_in(folders[name])
+            others = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(3))
             raise UserError(
-                f"class folder {paths[0]} has no images{f' that can be read ({others} are left out)' if others else ''}"
-                "; add some or remove the folder"
+                f"class folder {folders[name][0]} has no images"
+                f"{f' that can be read ({others} are left out)' if others else ''}; add some or remove the folder"
             )
         label = classes.index(name)
         samples |= {os.path.relpath(image, root).replace(os.sep, "/"): (image, label) for image in images}

@@ -7,7 +7,7 @@ ants.
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from snell_lightning.data.images import readable_endings
@@ -47,14 +47,31 @@ class Listing:
         self.endings: Counter[str] = Counter()
         self.links = 0
 
-    def images(self, folder: Path, seen: set[str]) -> list[str]:
-        """Paths of the images below a folder, sorted.
+    def images(self, classes: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
+        """Sorted paths of the images of each class, those of the subfolders of its folders included.
 
-        Args:
-            folder: A class folder, with subfolders of any depth.
-            seen: Real paths that are not listed again; those listed here are added.
+        A file counts where it lies; a link to it counts only if it lies in none of these folders.
         """
-        found: list[tuple[bool, str, str]] = []
+        found = {
+            name: [file for folder in folders for file in self._files(folder)] for name, folders in classes.items()
+        }
+        images: dict[str, list[str]] = {name: [] for name in classes}
+        seen: set[str] = set()
+        for links in (False, True):
+            for name, files in found.items():
+                for path, real, is_link in sorted(files):
+                    if is_link != links:
+                        continue
+                    if real in seen:
+                        self.links += 1
+                    else:
+                        seen.add(real)
+                        images[name].append(path)
+        return {name: sorted(paths) for name, paths in images.items()}
+
+    def _files(self, folder: Path) -> list[tuple[str, str, bool]]:
+        """Each image below a folder: its path, where it really is, and whether it is a link itself."""
+        found = []
         waiting, visited = [(str(folder), os.path.realpath(folder))], set[str]()
         while waiting:
             here, real_here = waiting.pop()
@@ -67,21 +84,18 @@ class Listing:
                         if not is_junk(entry.name):
                             waiting += self._follow(entry, real_here)
                     elif _is_image(entry.name):
-                        real = (
-                            os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real_here, entry.name)
-                        )
-                        found.append((entry.is_symlink(), entry.path, real))
+                        link = entry.is_symlink()
+                        real = os.path.realpath(entry.path) if link else os.path.join(real_here, entry.name)
+                        found.append((entry.path, real, link))
                     elif not entry.name.startswith("."):
                         self.endings[os.path.splitext(entry.name)[1].lower()] += 1
-        images = []
-        # Files before links to them.
-        for _, path, real in sorted(found):
-            if real in seen:
-                self.links += 1
-            else:
-                seen.add(real)
-                images.append(path)
-        return sorted(images)
+        return found
+
+    def endings_in(self, folders: Sequence[Path]) -> Counter[str]:
+        """What is left out of these folders, by ending."""
+        for folder in folders:
+            self._files(folder)
+        return self.endings
 
     def notes(self) -> list[str]:
         """What was left out, in a line for each reason."""
