@@ -33,9 +33,10 @@ def test_command_shown_is_taken(where: str, command: str, tmp_path: Path, monkey
     run = tmp_path / "runs" / "version_0"
     run.mkdir(parents=True)
     shutil.copyfile(ROOT / "configs" / "vit.yaml", run / "config.yaml")
+    (run / "adapter.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     for name in cli._SETTINGS_FROM:
-        monkeypatch.setitem(cli._SETTINGS_FROM, name, lambda path: {})
+        monkeypatch.setitem(cli._SETTINGS_FROM, name, lambda path: {"model": {}, "data": {}})
 
     def stop(self: SnellCLI) -> None:
         raise ParsedError
