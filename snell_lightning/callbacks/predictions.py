@@ -74,5 +74,6 @@ class PredictionWriter(BasePredictionWriter):
 
     def _write(self, rows: Sequence[tuple], mode: str) -> None:
         assert self.path is not None
-        with self.path.open(mode, newline="", encoding="utf-8") as file:
+        # File names need not be UTF-8: they are written as they are.
+        with self.path.open(mode, newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows(rows)

@@ -128,6 +128,8 @@ class ImageDataModule(lightning.LightningDataModule):
             "interpolation": config["interpolation"] if cropped else "bicubic",
         }
         path = Path(root) if root is not None else None
+        if classes is not None and len(set(classes)) < len(classes):
+            raise UserError(f"data.classes names a class twice: {', '.join(classes)}")
         splits = SOURCES[source](path, val_fraction, test_fraction, seed, fixed_splits, classes)
         self.splits = splits if classes is None else splits.with_classes(classes)
         self._told = False

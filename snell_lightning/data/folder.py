@@ -52,7 +52,7 @@ def folder(
 
     Raises:
         UserError: The root is missing or laid out otherwise, there are fewer than two classes, a class has no
-            images, or a val or test folder has a class that train does not have.
+            images, or a val or test folder has a class that neither train nor the model has.
     """
     if root is None:
         raise UserError(f"data.source folder needs data.root; {_LAYOUT}")
@@ -65,7 +65,7 @@ def folder(
     if not found:
         parts: dict[str, dict[str, list[Path]]] = {"": _class_folders(root, fewest)}
         notes += _odd_classes(parts[""])
-    elif "train" not in found:
+    elif "train" not in found and classes is None:
         raise UserError(
             f"data.root {root} has a {' and a '.join(path.name for path in found.values())} folder and no train "
             f"folder; {_LAYOUT}; to evaluate on all images of one folder, name that as data.root and set "
@@ -73,9 +73,9 @@ def folder(
         )
     else:
         parts = {name: _class_folders(path, fewest if name == "train" else 1) for name, path in found.items()}
-        _require_known(parts)
+        _require_known(parts, classes or ())
     listing = Listing([path for folders in parts.values() for paths in folders.values() for path in paths])
-    names = tuple(parts["train" if found else ""])
+    names = tuple(sorted({name for folders in parts.values() for name in folders}))
     samples = {name: _samples(root, folders, names, listing) for name, folders in parts.items()}
     splits = _splits(samples, names, (val_fraction, test_fraction, seed), fixed)
     lacking = [
@@ -141,21 +141,30 @@ def _class_folders(path: Path, fewest: int) -> dict[str, list[Path]]:
     return dict(sorted(folders.items()))
 
 
-def _require_known(parts: Mapping[str, Mapping[str, list[Path]]]) -> None:
-    for folders in parts.values():
+def _require_known(parts: Mapping[str, Mapping[str, list[Path]]], classes: Sequence[str]) -> None:
+    known = {*parts.get("train", ()), *classes}
+    for folders in parts.values() if "train" in parts else ():
         for name, (path, *_) in folders.items():
-            if name not in parts["train"]:
+            if name not in known:
                 raise UserError(f"{path} is a class that train does not have; rename it or move it away")
 
 
 def _odd_classes(folders: Mapping[str, list[Path]]) -> list[str]:
-    """A line where class folders look as if classes were one level further down."""
+    """A line where class folders look as if classes were one level further down.
+
+    Raises:
+        UserError: They are split folders: each class has its own.
+    """
     below = [{inner.name for path in paths for inner in folders_in(path)} for paths in folders.values()]
-    if not any(has_images(path) for paths in folders.values() for path in paths) and (
-        common := set.intersection(*below)
-    ):
-        return [f"classes are {listed(list(folders))}; the folders {listed(sorted(common))} in each are taken as one"]
-    return []
+    common = sorted(set.intersection(*below))
+    if not common or any(has_images(path) for paths in folders.values() for path in paths):
+        return []
+    if any(split_named(name) for name in common):
+        raise UserError(
+            f"each of the class folders {listed(list(folders))} holds the split folders {listed(common)}; {_LAYOUT}: "
+            "move the split folders to the top"
+        )
+    return [f"classes are {listed(list(folders))}; the folders {listed(common)} in each are taken as one"]
 
 
 def _samples(
@@ -185,7 +194,7 @@ def _splits(
     """Samples of the split folders, or of the root under the name "", as splits."""
     val_fraction, test_fraction, seed = rule
     whole = "" in samples
-    if not whole and "val" in samples:
+    if not whole and ("val" in samples or "train" not in samples):
         train, val, test = (list(samples.get(name, {}).values()) for name in ("train", "val", "test"))
         return Splits(train, val, test, classes)
     together = samples["" if whole else "train"]

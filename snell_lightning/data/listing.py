@@ -80,7 +80,7 @@ class Listing:
             visited.add(real_here)
             with os.scandir(here) as entries:
                 for entry in entries:
-                    if entry.is_dir():
+                    if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                         if not is_junk(entry.name):
                             waiting += self._follow(entry, real_here)
                     elif _is_image(entry.name):

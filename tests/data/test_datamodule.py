@@ -76,6 +76,7 @@ def test_sources_of_files_and_of_memory_are_registered() -> None:
         ({"eval_batch_size": 0}, "data.eval_batch_size is 0"),
         ({"num_workers": -1}, "data.num_workers is -1"),
         ({"seed": -1}, "data.seed is -1"),
+        ({"classes": ["a", "b", "a"]}, "data.classes names a class twice: a, b, a"),
         ({"image_size": 0}, "data.image_size is 0"),
         ({"normalization": "zero"}, "data.normalization is 'zero'"),
         ({"normalization": {"mean": [0.5]}}, "data.normalization is .*; expected mean and std of three numbers each"),

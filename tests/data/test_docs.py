@@ -134,8 +134,16 @@ def _(root: Path) -> None:
 
 @row("`val/CLASS/IMAGE`, `test/CLASS/IMAGE` without train")
 def _(root: Path) -> None:
-    make(root, val__ant=3, test__ant=3)
+    make(root, val__ant=3, test__ant=2)
     refused(root, "data.eval_split to all")
+    splits = folder(root, 0.2, 0.2, 0, classes=["ant", "bee"])
+    assert (sizes(splits), splits.classes) == ((0, 3, 2), ("ant",))
+
+
+@row("`CLASS/train/IMAGE`, `CLASS/test/IMAGE`")
+def _(root: Path) -> None:
+    make(root, ant__train=3, ant__test=3, bee__train=3, bee__test=3)
+    refused(root, "class folders ant, bee holds the split folders test, train; .*move the split folders to the top")
 
 
 @row("`train/`, `Training/` both")
@@ -150,10 +158,11 @@ def _(root: Path) -> None:
     assert read(root).notes == ("not used beside train/: drafts/",)
 
 
-@row("a class in val or test that train lacks")
+@row("a class in val or test that neither train nor the adapter has")
 def _(root: Path) -> None:
     make(root, train__ant=3, train__bee=3, val__cat=3)
     refused(root, "val/cat is a class that train does not have")
+    assert folder(root, 0.2, 0.2, 0, classes=["ant", "bee", "cat"]).val[0][1] == 2
 
 
 @row("a class folder without an image that can be read")

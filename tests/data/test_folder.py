@@ -274,3 +274,12 @@ def test_labels_follow_the_models_classes_and_a_class_it_lacks_is_refused(make_i
     assert [label for _, label in mapped.val] == [2]
     with pytest.raises(UserError, match="are of the classes ant, bee, and the model's are ant, wasp; give"):
         splits.with_classes(["ant", "wasp"])
+
+
+def test_a9_links_that_lead_nowhere_stop_no_listing(make_images: MakeImages) -> None:
+    root = make_images({"ant": 4, "bee": 4})
+    os.symlink("itself", root / "ant/itself")
+    os.symlink("gone", root / "ant/nowhere")
+    os.symlink(".", root / "ant/here")
+    splits = read(root)
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 8

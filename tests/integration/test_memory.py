@@ -38,7 +38,8 @@ def test_prints_phases_and_batch_sizes_of_four_methods(plan: Callable[..., str])
 
 
 def test_answers_what_fits_a_budget_and_what_would_help(plan: Callable[..., str]) -> None:
-    printed = plan("--budget", "100MiB")
+    # Two blocks: the search over settings makes many plans.
+    printed = plan("--budget", "100MiB", "--model.backbone_args", '{"img_size": 32, "depth": 2}')
 
     assert "Largest batch within 100 MiB: this config" in printed
     assert "What helps most is" in printed
