@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snell_lightning.adapters import UserError
-from snell_lightning.backbones import create_backbone, data_config
+from snell_lightning.backbones import create_backbone, data_config, require_image_size
 from snell_lightning.memory.job import WHOLE, Job, adapt, forward_context, levers
 from snell_lightning.memory.repeat import Repeats
 from snell_lightning.memory.trace import AffineTrace, Plan, Recorder, Trace, read_number
@@ -42,6 +42,8 @@ _FEW, _MANY = 2, 256
 _MOST = 1 << 20
 # Of all planners: what one has seen serves the others.
 _REPEATS = Repeats()
+# Backbones that are known to take images of a size, by their settings.
+_TAKES: set[str] = set()
 
 
 class Planner:
@@ -164,7 +166,11 @@ class _Subject:
                 )
             if fake is not None:
                 _make_fake(model, fake)
+            takes = f"{job.backbone} {job.backbone_args} {height} {width}"
             with self._mode:
+                if job.image_size is not None and takes not in _TAKES:
+                    require_image_size(job.backbone, model, job.image_size)
+                    _TAKES.add(takes)
                 self.model = adapt(model, job)
                 self._trained = [p for p in self.model.parameters() if p.requires_grad]
                 self.optimizer = job.optimizer(self._trained)

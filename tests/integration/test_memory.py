@@ -74,3 +74,17 @@ def test_a_budget_that_is_no_size_is_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
     assert budget in lines[-1]
+
+
+def test_b1_an_image_size_that_the_backbone_cannot_take_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["memory", "--config", "vit.yaml", "--model.backbone", "test_vit", "--data.image_size", "37"])
+
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: backbone 'test_vit' does not take images of 37 x 37 pixels")
+
+
+def test_b1_another_image_size_is_planned(plan: Callable[..., str]) -> None:
+    backbone = ("--model.backbone", "vit_micro_patch4_32.mnist5k", "--model.backbone_args", "null")
+    assert "48 px" in plan(*backbone, "--data.image_size", "48")

@@ -97,6 +97,13 @@ class TestA1ClassNames:
         assert "the images are of the classes bee, cat, zant, and the model's are ant, bee, cat" in line
         assert not (here / "runs/version_1").exists()
 
+    def test_all_folders_renamed_is_one_line_too(self, here: Path, command: Command) -> None:
+        for old, new in {"ant": "zebra", "bee": "yak", "cat": "wolf"}.items():
+            (here / "photos" / old).rename(here / "photos" / new)
+        done = command("test", "--config", "runs/version_0/config.yaml")
+        assert done.status == 1
+        assert "of the classes wolf, yak, zebra, and the model's are ant, bee, cat" in done.errors[0]
+
     def test_a_class_that_is_missing_shifts_no_label(self, here: Path, command: Command) -> None:
         shutil.rmtree(here / "photos/ant")
         done = command("test", *BASE, *FAST, *ADAPTER)
@@ -235,17 +242,22 @@ class TestA6EverythingIsInTheFile:
         *("--model.backbone_args", "{act_layer: relu}"),
     )
 
-    @pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
-    def test_base_configs_give_the_score_of_the_runs_own(self, kind: str, here: Path, command: Command) -> None:
+    def test_base_configs_give_the_score_of_the_runs_own(self, here: Path, command: Command) -> None:
         assert command(*FIT, *self.SETTINGS).status == 0
-        own = command("validate", "--config", "runs/version_1/config.yaml")
-        file = ADAPTER if kind == "adapter" else CHECKPOINT
-        base = command("validate", *BASE, *FAST, file[0], file[1].replace("_0", "_1"))
-        assert (base.status, base.errors) == (0, [])
         _, metadata = read_adapter("runs/version_1/adapter.safetensors")
         assert metadata["val/acc1"] > 0.9
-        for done in (own, base) if kind == "adapter" else (own,):
-            assert accuracy(done.out, "val/acc1") == pytest.approx(metadata["val/acc1"], abs=1e-6)
+        assert metadata["image_size"] == 48
+        own = command("validate", "--config", "runs/version_1/config.yaml")
+        scores = [accuracy(own.out, "val/acc1")]
+        best = next(Path("runs/version_1/checkpoints").glob("epoch=*.ckpt"))
+        for tuned in (
+            ("--model.adapter_file", "runs/version_1/adapter.safetensors"),
+            ("--ckpt_path", str(best)),
+        ):
+            done = command("validate", *BASE, *FAST, *tuned)
+            assert (done.status, done.errors) == (0, [])
+            scores.append(accuracy(done.out, "val/acc1"))
+        assert scores == pytest.approx([metadata["val/acc1"]] * 3, abs=1e-6)
 
     def test_what_the_command_line_says_otherwise_holds_and_is_said(self, here: Path, command: Command) -> None:
         done = command("test", *BASE, *FAST, *ADAPTER, "--data.normalization", "imagenet", "--data.image_size=16")
@@ -369,6 +381,13 @@ class TestB:
         assert (bad["class"], bad["probability"]) == ("", "")
         assert "truncated" in bad["error"]
         assert all(row["class"] and not row["error"] for row in rows.values() if row is not bad)
+
+    def test_b3_a_file_name_that_is_no_text_is_written_as_it_is(self, here: Path, command: Command) -> None:
+        # As an archive of another system's encoding leaves it.
+        os.rename(b"photos/cat/00.png", b"photos/cat/caf\xe9.png")
+        done = command("predict", *BASE, *FAST, *ADAPTER, "--data.eval_split", "all")
+        assert (done.status, done.errors) == (0, [])
+        assert b"photos/cat/caf\xe9.png,cat," in (here / "runs/version_1/predictions.csv").read_bytes()
 
     def test_b2_two_runs_that_start_at_once_get_a_folder_each(self, here: Path) -> None:
         shutil.rmtree(here / "runs")
