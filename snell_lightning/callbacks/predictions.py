@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
@@ -67,10 +68,12 @@ class PredictionWriter(BasePredictionWriter):
         Raises:
             UserError: Not one image could be read.
         """
-        if self.written and self.written == self.unreadable:
-            raise UserError(f"none of the {self.written} images could be read; the reasons are in {self.path}")
-        bad = f", {self.unreadable} unreadable" if self.unreadable else ""
-        rank_zero_info(f"predictions: {self.path} ({self.written} images{bad})")
+        counts = torch.tensor([self.written, self.unreadable], device=pl_module.device)
+        written, unreadable = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        if written and written == unreadable:
+            raise UserError(f"none of the {written} images could be read; the reasons are in {self.path}")
+        bad = f", {unreadable:,} unreadable" if unreadable else ""
+        rank_zero_info(f"predictions: {self.path} ({written:,} images{bad})")
 
     def _write(self, rows: Sequence[tuple], mode: str) -> None:
         assert self.path is not None

@@ -155,9 +155,10 @@ def _odd_classes(folders: Mapping[str, list[Path]]) -> list[str]:
     Raises:
         UserError: They are split folders: each class has its own.
     """
+    if any(has_images(path) for paths in folders.values() for path in paths):
+        return []
     below = [{inner.name for path in paths for inner in folders_in(path)} for paths in folders.values()]
-    common = sorted(set.intersection(*below))
-    if not common or any(has_images(path) for paths in folders.values() for path in paths):
+    if not (common := sorted(set.intersection(*below))):
         return []
     if any(split_named(name) for name in common):
         raise UserError(
@@ -174,8 +175,9 @@ def _samples(
     samples: dict[str, Sample] = {}
     for name, images in listing.images(folders).items():
         if not images:
-            endings = Listing([]).endings_in(folders[name])
-            others = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(3))
+            alone = Listing([])
+            alone.images({name: folders[name]})
+            others = ", ".join(f"{count} {ending}" for ending, count in alone.endings.most_common(3))
             raise UserError(
                 f"class folder {folders[name][0]} has no images"
                 f"{f' that can be read ({others} are left out)' if others else ''}; add some or remove the folder"

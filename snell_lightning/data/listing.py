@@ -21,7 +21,8 @@ _HEIF = frozenset({".heic", ".heif", ".hif"})
 
 def folders_in(path: Path) -> list[Path]:
     """The folders directly in a folder, sorted, without hidden ones and junk."""
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not is_junk(entry.name))
+    with os.scandir(path) as entries:
+        return sorted(Path(entry.path) for entry in entries if not is_junk(entry.name) and _is_folder(entry))
 
 
 def is_junk(name: str) -> bool:
@@ -31,7 +32,8 @@ def is_junk(name: str) -> bool:
 
 def has_images(path: Path) -> bool:
     """Whether an image lies directly in a folder."""
-    return any(_is_image(name) for name in os.listdir(path))
+    with os.scandir(path) as entries:
+        return any(_is_image(entry.name) for entry in entries)
 
 
 class Listing:
@@ -80,7 +82,7 @@ class Listing:
             visited.add(real_here)
             with os.scandir(here) as entries:
                 for entry in entries:
-                    if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                    if _is_folder(entry):
                         if not is_junk(entry.name):
                             waiting += self._follow(entry, real_here)
                     elif _is_image(entry.name):
@@ -90,12 +92,6 @@ class Listing:
                     elif not entry.name.startswith("."):
                         self.endings[os.path.splitext(entry.name)[1].lower()] += 1
         return found
-
-    def endings_in(self, folders: Sequence[Path]) -> Counter[str]:
-        """What is left out of these folders, by ending."""
-        for folder in folders:
-            self._files(folder)
-        return self.endings
 
     def notes(self) -> list[str]:
         """What was left out, in a line for each reason."""
@@ -115,6 +111,11 @@ class Listing:
             self.links += 1
             return []
         return [(entry.path, real)]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    # Of a link that leads round in a circle the entry itself cannot tell.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _parents(path: str) -> list[str]:

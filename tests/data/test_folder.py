@@ -1,7 +1,8 @@
 """The folder source: layouts, determinism, and a line for every mistake."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,14 @@ def test_the_split_depends_on_the_seed_alone(make_images: MakeImages, monkeypatc
     root = make_images({"a": 12, "b": 12})
     first = read(root)
     assert read(root, seed=1) != first
-    walk, iterdir = os.walk, Path.iterdir
-    monkeypatch.setattr(os, "walk", lambda *a, **k: ((h, d, f[::-1]) for h, d, f in walk(*a, **k)))
-    monkeypatch.setattr(Path, "iterdir", lambda path: reversed(list(iterdir(path))))
+    scandir = os.scandir
+
+    @contextmanager
+    def reversed_scandir(path: str) -> Iterator[list[os.DirEntry]]:
+        with scandir(path) as entries:
+            yield sorted(entries, key=lambda entry: entry.name, reverse=True)
+
+    monkeypatch.setattr(os, "scandir", reversed_scandir)
     assert read(root) == first
 
 
