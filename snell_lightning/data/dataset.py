@@ -147,6 +147,8 @@ class ImageLoader(DataLoader):
                     self._report(skipped)
                 yield images, labels
         finally:
+            # Its workers end here, and not whenever an error that holds on to this frame is let go.
+            del batches
             self._report(skipped)
 
     def _empty_batch(self) -> Any:

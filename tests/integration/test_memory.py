@@ -86,5 +86,5 @@ def test_b1_an_image_size_that_the_backbone_cannot_take_is_one_line(capsys: pyte
 
 
 def test_b1_another_image_size_is_planned(plan: Callable[..., str]) -> None:
-    backbone = ("--model.backbone", "vit_micro_patch4_32.mnist5k", "--model.backbone_args", "null")
+    backbone = ("--model.backbone", "vit_micro_patch4_32.mnist5k", "--model.backbone_args", '{"depth": 1}')
     assert "48 px" in plan(*backbone, "--data.image_size", "48")

@@ -179,12 +179,13 @@ class TestA3TheSplit:
         done = command(verb, *BASE, *FAST, *CHECKPOINT, option, value)
         assert done.status == 1
         assert f"was tuned with {option[2:]}" in done.errors[0]
-        # Stated in a config, the tuned model's holds.
-        Path("other.yaml").write_text(f"data:\n  {option.rpartition('.')[2]}: {value}\n")
-        done = command("predict", *BASE, "--config", "other.yaml", *FAST, *CHECKPOINT)
-        first = predicted(here / "runs/version_1/predictions.csv")
+
+    def test_in_a_config_another_split_gives_way_to_the_tuned_models(self, here: Path, command: Command) -> None:
+        Path("other.yaml").write_text("data:\n  seed: 7\n  val_fraction: 0.4\n  test_fraction: 0.4\n")
+        assert command("predict", *BASE, "--config", "other.yaml", *FAST, *CHECKPOINT).status == 0
         assert command("predict", *BASE, *FAST, *CHECKPOINT).status == 0
-        assert predicted(here / "runs/version_2/predictions.csv") == first
+        first, second = (predicted(here / f"runs/version_{number}/predictions.csv") for number in (1, 2))
+        assert first == second
 
 
 class TestA4Orientation:
