@@ -11,7 +11,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from snell_lightning import SnellConfig, UserError
+from snell_lightning import SnellConfig, UserError, cli
 from snell_lightning.cli import SHIPPED_CONFIGS, arrange_arguments, find_config, main, make_cli
 from snell_lightning.help import COMMANDS, KEYS, TITLE
 from snell_lightning.lightning_cli import SnellCLI
@@ -286,3 +286,13 @@ class TestHelp:
             main(["--help"])
         printed = capsys.readouterr().out
         assert [name for name in COMMANDS if f"  {name} " in printed] == list(COMMANDS)
+
+
+def test_a6_an_adapter_that_a_config_names_brings_its_settings(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"model": {"adapter": {"rank": 4}}, "data": {"image_size": 48}}
+    monkeypatch.setitem(cli._SETTINGS_FROM, "--model.adapter_file", lambda path: {**settings, "path": path})
+    (here / "job.yaml").write_text("model:\n  adapter_file: some.safetensors\n")
+    for verb in ("fit", "test"):
+        arranged = arrange_arguments([verb, "--config", "job.yaml"])
+        assert arranged[:3] == [verb, "--config", "job.yaml"]
+        assert json.loads(arranged[4]) == {**settings, "path": "some.safetensors"}

@@ -135,3 +135,8 @@ def test_endings_are_those_of_formats_that_can_be_decoded() -> None:
     assert expected <= readable_endings()
     # PostScript would be run by another program, and of the others Pillow knows no more than the name.
     assert readable_endings().isdisjoint({".eps", ".ps", ".pdf", ".mpg", ".h5", ".grib", ".wmf", ".txt", ""})
+
+
+def test_what_an_ending_says_wrongly_does_not_matter(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", format="PNG")
+    assert open_image_file(tmp_path / "a.jpg").getpixel((0, 0)) == (255, 0, 0)
