@@ -82,7 +82,8 @@ def require_image_size(name: str, model: nn.Module, image_size: int) -> None:
     Raises:
         UserError: It does not.
     """
-    channels, *own = data_config(name)["input_size"]
+    # What the model itself carries: a look-up by name may ask the hub once more.
+    channels, *own = model.pretrained_cfg["input_size"]  # type: ignore[index]
     if own == [image_size, image_size]:
         return
     training = model.training

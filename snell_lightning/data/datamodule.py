@@ -20,7 +20,7 @@ from snell_lightning.data.digits import digits
 from snell_lightning.data.folder import folder
 from snell_lightning.data.leaks import shared_images
 from snell_lightning.data.samplers import ShardSampler
-from snell_lightning.data.splits import Sample, Source, SplitName, classes_lacking
+from snell_lightning.data.splits import Sample, Source, SplitName, classes_lacking, listed
 from snell_lightning.data.transforms import (
     Augmentation,
     Normalization,
@@ -190,8 +190,8 @@ class ImageDataModule(lightning.LightningDataModule):
         if stage == "fit":
             if absent := classes_lacking(self.splits.train, self.class_names):
                 raise UserError(
-                    f"there is no image to train on of {', '.join(absent)}; the model's classes are "
-                    f"{', '.join(self.class_names)}: add a folder for each, or leave data.classes out"
+                    f"there is no image to train on of {listed(absent)}; the model's classes are "
+                    f"{listed(self.class_names)}: add a folder for each, or leave data.classes out"
                 )
             rank_zero_info(self.describe())
             self._warn_of_shared_images()

@@ -79,7 +79,7 @@ def folder(
     samples = {name: _samples(root, folders, names, listing) for name, folders in parts.items()}
     splits = _splits(samples, names, (val_fraction, test_fraction, seed), fixed)
     lacking = [
-        f"no {name} image of {', '.join(absent[:5])}{f' and {len(absent) - 5} more' if len(absent) > 5 else ''}"
+        f"no {name} image of {listed(absent, 5)}"
         for name in ("train", "val", "test")
         if (part := getattr(splits, name)) and (absent := classes_lacking(part, names))
     ]
@@ -142,8 +142,10 @@ def _class_folders(path: Path, fewest: int) -> dict[str, list[Path]]:
 
 
 def _require_known(parts: Mapping[str, Mapping[str, list[Path]]], classes: Sequence[str]) -> None:
-    known = {*parts.get("train", ()), *classes}
-    for folders in parts.values() if "train" in parts else ():
+    if "train" not in parts:
+        return
+    known = {*parts["train"], *classes}
+    for folders in parts.values():
         for name, (path, *_) in folders.items():
             if name not in known:
                 raise UserError(f"{path} is a class that train does not have; rename it or move it away")
