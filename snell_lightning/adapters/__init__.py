@@ -4,6 +4,7 @@ from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.delta import SnellDelta
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.files import fingerprint, load_adapter, read_adapter, save_adapter
+from snell_lightning.adapters.finding import heads
 from snell_lightning.adapters.injection import (
     AdapterModule,
     adapter_parameters,
@@ -12,7 +13,6 @@ from snell_lightning.adapters.injection import (
     check_adapter_state_dict,
     deltas,
     freeze_all_but_head,
-    heads,
     inject,
     load_adapter_state_dict,
     merge,

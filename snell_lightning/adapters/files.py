@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.errors import UserError
+from snell_lightning.adapters.finding import layer_config
 from snell_lightning.adapters.injection import (
     adapter_state_dict,
     check_adapter_state_dict,
     deltas,
     freeze_all_but_head,
     inject,
-    layer_config,
     load_adapter_state_dict,
 )
 from snell_lightning.adapters.linear import SnellLinear

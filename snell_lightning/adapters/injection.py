@@ -6,37 +6,19 @@ layers back. Which parameters are an adapter's is not guessed from their names: 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.delta import SnellDelta
-from snell_lightning.adapters.errors import UserError
-from snell_lightning.adapters.linear import SnellLinear, why_not_adaptable
+from snell_lightning.adapters.errors import UserError, some
+from snell_lightning.adapters.finding import check_all_matched, find_targets, heads, layer_config, matching, slices_of
+from snell_lightning.adapters.linear import SnellLinear
 from snell_lightning.adapters.recompute import keep_everything, rebuild_inputs, recompute_blocks
 
-# Parts of a backbone that hold linear layers or 1x1 convolutions and lie outside its blocks, and small networks inside
-# a block that make a position bias rather than transform tokens.
-_OUTSIDE_BLOCKS = frozenset(
-    {
-        "stem",
-        "patch_embed",
-        "pos_embed",
-        "downsample",
-        "downsamples",
-        "head",
-        "attn_pool",
-        "rel_pos",
-        "cpb_mlp",
-        "meta_mlp",
-    }
-)
-# Layers that hold several projections, and how many.
-_FUSED = {"qkv": 3, "kv": 2}
 # timm's attention with separate q and v biases reads `qkv.weight` and bypasses the layer, unless this attribute is set.
 _CALLS_QKV = "qkv_bias_separate"
 
@@ -68,7 +50,7 @@ def inject(model: nn.Module, config: SnellConfig) -> list[str]:
     """
     if any(isinstance(module, SnellLinear) for module in model.modules()):
         raise UserError("the model has adapters already; call merge(model) before injecting others")
-    targets = _find_targets(model, config)
+    targets = find_targets(model, config)
     extra = _extra_parameters(model, config)
 
     head_parameters = {id(parameter) for head in heads(model).values() for parameter in head.parameters()}
@@ -76,7 +58,7 @@ def inject(model: nn.Module, config: SnellConfig) -> list[str]:
         parameter.requires_grad_(id(parameter) in head_parameters or name in extra)
 
     adapted = {
-        id(layer): SnellLinear(layer, layer_config(name, config), _slices(name, layer))
+        id(layer): SnellLinear(layer, layer_config(name, config), slices_of(name, layer))
         for name, layer in targets.items()
     }
     for parent in list(model.modules()):
@@ -130,20 +112,6 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, SnellLinear):
             # The plain layer that the module keeps for merging has the same parameter.
             module.weight.data = module.weight.data.to(dtype)
-
-
-def heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The classifier layers that timm names for a model, by name; empty where there is no such information."""
-    named = getattr(model, "pretrained_cfg", None) or {}
-    names = named.get("classifier") or ()
-    names = (names,) if isinstance(names, str) else tuple(names)
-    modules = dict(model.named_modules())
-    found = {name: modules[name] for name in names if name in modules}
-    if not found and hasattr(model, "get_classifier"):
-        classifiers: Any = model.get_classifier()  # type: ignore[operator]
-        classifiers = classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
-        found = {name: module for name, module in modules.items() if any(module is head for head in classifiers)}
-    return found
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
@@ -204,10 +172,10 @@ def check_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], wher
     own = adapter_state_dict(model)
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     if missing:
-        raise UserError(f"{where} lacks {_some(missing)}; was it made with other settings or another backbone?")
+        raise UserError(f"{where} lacks {some(missing)}; was it made with other settings or another backbone?")
     if unexpected:
         raise UserError(
-            f"the model has no place for {_some(unexpected)} of {where}; was it injected with the same settings?"
+            f"the model has no place for {some(unexpected)} of {where}; was it injected with the same settings?"
         )
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
@@ -217,95 +185,11 @@ def check_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], wher
             )
 
 
-def _find_targets(model: nn.Module, config: SnellConfig) -> dict[str, nn.Module]:
-    """The layers to adapt, by name."""
-    head_names = tuple(heads(model))
-    layers: dict[str, nn.Module] = {}
-    matched: set[str] = set()
-    for name, module in model.named_modules():
-        if not name or any(name == head or name.startswith(head + ".") for head in head_names):
-            continue
-        if not isinstance(module, (nn.Linear, nn.Conv2d)) or _matching(config.exclude, name):
-            continue
-        if config.targets is None:
-            if _inside_block(name) and why_not_adaptable(module) is None:
-                layers[name] = module
-            continue
-        pattern = _matching(config.targets, name)
-        if pattern is None:
-            continue
-        reason = why_not_adaptable(module)
-        if reason:
-            raise UserError(
-                f"targets pattern {pattern!r} names {name}, which cannot be adapted: {reason}; "
-                "narrow the pattern, or name the layer in exclude"
-            )
-        matched.update(other for other in config.targets if re.search(other, name))
-        layers[name] = module
-    _check_all_matched("targets", config.targets or (), matched, model)
-    if not layers:
-        raise UserError(
-            "no layer to adapt was found: no linear layer or 1x1 convolution inside numbered blocks is left; "
-            "name the layers in targets, as regular expressions over model.named_modules()"
-        )
-    for setting in ("rank_pattern", "sparsity_pattern", "dropout_pattern"):
-        patterns = getattr(config, setting)
-        used = {pattern for pattern in patterns if any(re.search(pattern, name) for name in layers)}
-        _check_all_matched(setting, patterns, used, model, layers)
-    return layers
-
-
 def _extra_parameters(model: nn.Module, config: SnellConfig) -> set[str]:
     """Names of the backbone's parameters that are trained besides adapter and head."""
     names = [name for name, _ in model.named_parameters()]
     if config.train_also is None:
         return {name for name in names if name.rpartition(".")[2] == "cls_token"}
     used = {pattern for pattern in config.train_also if any(re.search(pattern, name) for name in names)}
-    _check_all_matched("train_also", config.train_also, used, model, names)
-    return {name for name in names if _matching(config.train_also, name)}
-
-
-def _inside_block(name: str) -> bool:
-    """Whether a layer lies below a numbered child, such as `blocks.3`, and in none of the parts outside blocks."""
-    parents = name.split(".")[:-1]
-    return any(part.isdigit() for part in parents) and _OUTSIDE_BLOCKS.isdisjoint(parents)
-
-
-def layer_config(name: str, config: SnellConfig) -> SnellConfig:
-    """The settings of one layer: those of the first matching pattern in place of the general ones."""
-    changes: dict[str, Any] = {}
-    for setting in ("rank", "sparsity", "dropout"):
-        patterns = getattr(config, f"{setting}_pattern")
-        pattern = _matching(patterns, name)
-        if pattern is not None:
-            changes[setting] = patterns[pattern]
-    return replace(config, **changes)
-
-
-def _slices(name: str, layer: nn.Module) -> int:
-    slices = _FUSED.get(name.rpartition(".")[2], 1)
-    rows: int = layer.weight.shape[0]  # type: ignore[index, assignment]
-    return slices if rows % slices == 0 else 1
-
-
-def _matching(patterns: Iterable[str], name: str) -> str | None:
-    return next((pattern for pattern in patterns if re.search(pattern, name)), None)
-
-
-def _check_all_matched(
-    setting: str,
-    patterns: Iterable[str],
-    matched: set[str],
-    model: nn.Module,
-    names: Iterable[str] | None = None,
-) -> None:
-    idle = [pattern for pattern in patterns if pattern not in matched]
-    if idle:
-        if names is None:
-            names = [name for name, module in model.named_modules() if why_not_adaptable(module) is None]
-        raise UserError(f"{setting} pattern {idle[0]!r} matches nothing; there is for example {_some(names)}")
-
-
-def _some(names: Iterable[str], count: int = 3) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:count]) + (f" and {len(ordered) - count} more" if len(ordered) > count else "")
+    check_all_matched("train_also", config.train_also, used, model, names)
+    return {name for name in names if matching(config.train_also, name)}

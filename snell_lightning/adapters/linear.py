@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.delta import Noise, SnellDelta, one_product_is_exact, tuned_linear, two_products
 from snell_lightning.adapters.errors import UserError
+from snell_lightning.adapters.finding import why_not_adaptable
 from snell_lightning.adapters.recompute import layer_input
 
 
@@ -115,21 +115,3 @@ class SnellLinear(nn.Module):
         """Sizes, for `print(model)`."""
         kind = "" if self._stride is None else f", 1x1 convolution, stride={self._stride}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{kind}"
-
-
-def why_not_adaptable(module: Any) -> str | None:
-    """Why a module cannot become a `SnellLinear`; `None` if it can."""
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention uses its weight without calling it"
-    if isinstance(module, nn.Linear):
-        return None
-    if not isinstance(module, nn.Conv2d):
-        return "only linear layers and 1x1 convolutions can be adapted"
-    if module.groups != 1:
-        return f"it is a grouped convolution ({module.groups} groups); only ungrouped 1x1 convolutions can be adapted"
-    if tuple(module.kernel_size) != (1, 1):
-        size = "x".join(map(str, module.kernel_size))
-        return f"it is a {size} convolution; only 1x1 convolutions can be adapted"
-    if module.padding not in (0, (0, 0), "valid", "same"):
-        return f"it is a 1x1 convolution with padding {module.padding}; only those without padding can be adapted"
-    return None
