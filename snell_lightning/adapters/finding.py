@@ -1,7 +1,9 @@
 """Which layers of a model are adapted, how each is divided into projections, and why a layer cannot be taken."""
 
+import logging
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.errors import UserError, some
+
+_log = logging.getLogger(__name__)
 
 # Parts of a backbone that hold linear layers or 1x1 convolutions and lie outside its blocks, and small networks inside
 # a block that make a position bias rather than transform tokens.
@@ -27,6 +31,11 @@ _OUTSIDE_BLOCKS = frozenset(
         "meta_mlp",
     }
 )
+# Subclasses whose own forward is the plain product all the same.
+_PLAIN_PRODUCTS = frozenset({"timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame"})
+# Of the backbone's weights; a default that reaches less of them is told.
+_SMALL_SHARE = 0.1
+_DIGITS = "0123456789"
 # Layers that hold several projections, and how many.
 _FUSED = {"qkv": 3, "kv": 2}
 
@@ -49,6 +58,8 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, nn.Module]:
     """The layers to adapt, by name."""
     head_names = tuple(heads(model))
     layers: dict[str, nn.Module] = {}
+    left: dict[str, str] = {}
+    numbered = numbered_blocks(model)
     matched: set[str] = set()
     for name, module in model.named_modules():
         if not name or any(name == head or name.startswith(head + ".") for head in head_names):
@@ -56,8 +67,12 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, nn.Module]:
         if not isinstance(module, (nn.Linear, nn.Conv2d)) or matching(config.exclude, name):
             continue
         if config.targets is None:
-            if _inside_block(name) and why_not_adaptable(module) is None:
-                layers[name] = module
+            if _inside_block(name, numbered):
+                reason = why_not_adaptable(module)
+                if reason is None:
+                    layers[name] = module
+                elif isinstance(module, nn.Linear) or tuple(module.kernel_size) == (1, 1):
+                    left[name] = reason
             continue
         pattern = matching(config.targets, name)
         if pattern is None:
@@ -72,10 +87,14 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, nn.Module]:
         layers[name] = module
     check_all_matched("targets", config.targets or (), matched, model)
     if not layers:
+        name, reason = next(iter(left.items()), ("", ""))
         raise UserError(
-            "no layer to adapt was found: no linear layer or 1x1 convolution inside numbered blocks is left; "
-            "name the layers in targets, as regular expressions over model.named_modules()"
+            "no layer to adapt was found: no linear layer or 1x1 convolution inside numbered blocks is left"
+            + (f" ({name} cannot be adapted: {reason})" if name else "")
+            + "; name the layers in targets, as regular expressions over model.named_modules()"
         )
+    if config.targets is None:
+        _tell_small_share(model, layers)
     for setting in ("rank_pattern", "sparsity_pattern", "dropout_pattern"):
         patterns = getattr(config, setting)
         used = {pattern for pattern in patterns if any(re.search(pattern, name) for name in layers)}
@@ -83,28 +102,86 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, nn.Module]:
     return layers
 
 
+def _tell_small_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Say so where what the default finds is little of the backbone."""
+    in_heads = {id(parameter) for head in heads(model).values() for parameter in head.parameters()}
+    backbone = [parameter for parameter in model.parameters() if id(parameter) not in in_heads]
+    total = sum(parameter.numel() for parameter in backbone if not isinstance(parameter, nn.UninitializedParameter))
+    share = sum(layer.weight.numel() for layer in layers.values()) / total  # type: ignore[operator, misc]
+    if share < _SMALL_SHARE:
+        _log.warning(
+            f"the layers that are adapted by default ({len(layers)}) hold {share:.1%} of the backbone's weights; most "
+            "of them are neither in linear layers nor in 1x1 convolutions of its blocks"
+        )
+
+
 def why_not_adaptable(module: Any) -> str | None:
     """Why a module cannot become a `SnellLinear`; `None` if it can."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weight without calling it"
-    if isinstance(module, nn.Linear):
-        return None
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
         return "only linear layers and 1x1 convolutions can be adapted"
-    if module.groups != 1:
-        return f"it is a grouped convolution ({module.groups} groups); only ungrouped 1x1 convolutions can be adapted"
-    if tuple(module.kernel_size) != (1, 1):
-        size = "x".join(map(str, module.kernel_size))
-        return f"it is a {size} convolution; only 1x1 convolutions can be adapted"
-    if module.padding not in (0, (0, 0), "valid", "same"):
-        return f"it is a 1x1 convolution with padding {module.padding}; only those without padding can be adapted"
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:
+            return f"it is a grouped convolution ({module.groups} groups); only ungrouped 1x1 ones can be adapted"
+        if tuple(module.kernel_size) != (1, 1):
+            size = "x".join(map(str, module.kernel_size))
+            return f"it is a {size} convolution; only 1x1 convolutions can be adapted"
+        if module.padding not in (0, (0, 0), "valid", "same"):
+            return f"it is a 1x1 convolution with padding {module.padding}; only those without padding can be adapted"
+    return _why_not_plain(module)
+
+
+def _why_not_plain(layer: nn.Module) -> str | None:
+    """Why a layer may compute something else than a product with its weight; `None` if it computes that."""
+    kind = type(layer)
+    tensors = {**layer._parameters, **layer._buffers}
+    unknown = sorted(tensors.keys() - {"weight", "bias"}) + [name for name, _ in layer.named_children()]
+    if "weight" not in layer._parameters:
+        return f"its weight is made from others ({', '.join(unknown)}), as by weight normalisation; take that off first"
+    if unknown:
+        return f"it holds more than weight and bias: {', '.join(unknown)}"
+    plain = kind.forward in (nn.Linear.forward, nn.Conv2d.forward) or _full_name(kind) in _PLAIN_PRODUCTS
+    own_product = getattr(kind, "_conv_forward", None) not in (None, nn.Conv2d._conv_forward)
+    if not plain or own_product or kind.__call__ is not nn.Module.__call__ or "forward" in vars(layer):
+        return f"{kind.__name__} has a forward of its own, which may be another than the plain product"
+    weight = layer._parameters["weight"]
+    if isinstance(weight, nn.UninitializedParameter):
+        return "it has no weight yet; run the model once before"
+    if weight is None or not weight.is_floating_point():
+        return f"its weight is {'missing' if weight is None else weight.dtype}; only floating-point ones can be updated"
+    if weight.numel() == 1:
+        return "it has a single weight, so no entries compete"
     return None
 
 
-def _inside_block(name: str) -> bool:
-    """Whether a layer lies below a numbered child, such as `blocks.3`, and in none of the parts outside blocks."""
-    parents = name.split(".")[:-1]
-    return any(part.isdigit() for part in parents) and _OUTSIDE_BLOCKS.isdisjoint(parents)
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def numbered_blocks(model: nn.Module) -> set[str]:
+    """Names of the modules that are numbered: `blocks.3`, and `s1.b2` beside another `s1.b` of the same class."""
+    kinds: dict[tuple[str, str], Counter[type]] = {}
+    names = [(*name.rpartition("."), type(module)) for name, module in model.named_modules() if name]
+    for parent, _, child, kind in names:
+        kinds.setdefault((parent, child.rstrip(_DIGITS)), Counter())[kind] += 1
+    found = set()
+    for parent, dot, child, kind in names:
+        stem = child.rstrip(_DIGITS)
+        if not stem or (stem != child and kinds[parent, stem][kind] > 1):
+            found.add(parent + dot + child)
+    return found
+
+
+def ancestors(name: str) -> list[str]:
+    """Names of the modules that a module lies in, the outermost first: `blocks`, `blocks.3` for `blocks.3.fc1`."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _inside_block(name: str, numbered: set[str]) -> bool:
+    """Whether a layer lies below a numbered module, and in none of the parts outside blocks."""
+    return not numbered.isdisjoint(ancestors(name)) and _OUTSIDE_BLOCKS.isdisjoint(name.split(".")[:-1])
 
 
 def layer_config(name: str, config: SnellConfig) -> SnellConfig:

@@ -17,6 +17,11 @@ from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.finding import why_not_adaptable
 from snell_lightning.adapters.recompute import layer_input
 
+# What a module keeps its users' hooks in.
+_HOOKS = frozenset(
+    name for name in vars(nn.Module()) if name.endswith(("_hook", "_hooks", "_hooks_with_kwargs", "_always_called"))
+)
+
 
 class SnellLinear(nn.Module):
     """A linear layer whose weight is frozen and updated by one or more `SnellDelta`.
@@ -53,6 +58,10 @@ class SnellLinear(nn.Module):
         self._stride = (linear.stride[0], linear.stride[1]) if isinstance(linear, nn.Conv2d) else None
         # In a list, so that it is no submodule: what `merged` turns back into the plain layer.
         self._plain = [linear]
+        # Hooks go on being called, and whoever has their handles can remove them.
+        for name, hooks in vars(linear).items():
+            if name in _HOOKS:
+                setattr(self, name, hooks)
         # For evaluation: what the product is taken with, and what it was made from.
         self._made: tuple[Any, Tensor] | None = None
         # Attributes of the parent module that `inject` changed, with the values that `merge` gives back.
@@ -61,6 +70,8 @@ class SnellLinear(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, ..., in)` to `(batch, ..., out)`; as a convolution `(batch, in, H, W)` to `(batch, out, H', W')`."""
+        if not x.is_floating_point():
+            raise UserError(f"a tuned layer takes floating-point input, not {x.dtype}; convert the input first")
         x, kept, recipe = layer_input(x, self._stride, rebuild=self.config.recompute != "none")
         if self.training or torch.is_grad_enabled():
             noise = Noise.draw(self.config.dropout, self.config.drop_path) if self.training else None
@@ -108,6 +119,7 @@ class SnellLinear(nn.Module):
         merged = self.weight + update.view_as(self.weight)
         plain.weight = nn.Parameter(merged, requires_grad=False)
         plain.bias = self.bias
+        plain._is_full_backward_hook = self._is_full_backward_hook
         plain.train(self.training)
         return plain
 
