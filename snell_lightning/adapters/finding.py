@@ -105,8 +105,7 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, nn.Module]:
 def _tell_small_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Say so where what the default finds is little of the backbone."""
     in_heads = {id(parameter) for head in heads(model).values() for parameter in head.parameters()}
-    backbone = [parameter for parameter in model.parameters() if id(parameter) not in in_heads]
-    total = sum(parameter.numel() for parameter in backbone if not isinstance(parameter, nn.UninitializedParameter))
+    total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_heads)
     share = sum(layer.weight.numel() for layer in layers.values()) / total  # type: ignore[operator, misc]
     if share < _SMALL_SHARE:
         _log.warning(

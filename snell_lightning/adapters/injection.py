@@ -46,10 +46,13 @@ def inject(model: nn.Module, config: SnellConfig) -> list[str]:
 
     Raises:
         UserError: There is no layer to adapt, a named one cannot be adapted, a pattern matches nothing, or the model
-            has adapters already.
+            has adapters already or parameters without values.
     """
     if any(isinstance(module, SnellLinear) for module in model.modules()):
         raise UserError("the model has adapters already; call merge(model) before injecting others")
+    lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, nn.UninitializedParameter)]
+    if lazy:
+        raise UserError(f"{lazy[0]} has no values yet; run the model once before injecting adapters")
     targets = find_targets(model, config)
     extra = _extra_parameters(model, config)
 

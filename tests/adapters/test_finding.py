@@ -65,7 +65,6 @@ UNKNOWN = {
     "hooked weight norm": (lambda: nn.utils.weight_norm(nn.Linear(8, 8)), "weight_g, weight_v"),
     "spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), "weight_orig"),
     "pruned": (lambda: nn.utils.prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5), "weight_mask"),
-    "lazy": (lambda: nn.LazyLinear(8), "no weight yet"),
     "one weight": (lambda: nn.Linear(1, 1), "single weight"),
 }
 
@@ -85,6 +84,12 @@ class TestC1OwnForward:
             inject(nn.Sequential(Block(make())), SnellConfig(rank=2, targets=["other"]))
         assert reason in str(caught.value)
         assert "\n" not in str(caught.value)
+
+    def test_a_model_that_was_never_run_is_refused(self) -> None:
+        with pytest.raises(UserError, match=r"0\.other\.weight has no values yet; run the model once"):
+            inject(nn.Sequential(Block(nn.LazyLinear(8))), SnellConfig(rank=2))
+        with pytest.raises(UserError, match="no weight yet"):
+            SnellLinear(nn.LazyLinear(8), SnellConfig(rank=2))
 
     def test_a_subclass_that_changes_nothing_is_taken(self) -> None:
         model = nn.Sequential(Block(Renamed(8, 8)))
