@@ -178,6 +178,24 @@ def ancestors(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
+def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The blocks that hold these layers: for each the innermost numbered module with two of them or more.
+
+    For example `layers.0.blocks.1` for `layers.0.blocks.1.mlp.fc1`. Names that are a number come before names that end
+    with one, which parts of a block may have as well.
+    """
+    numbered = numbered_blocks(model)
+    around = {layer: [name for name in ancestors(layer) if name in numbered] for layer in layers}
+    counts = Counter(name for names in around.values() for name in names)
+    found: dict[str, None] = {}
+    for names in around.values():
+        names = [name for name in names if name.rpartition(".")[2].isdigit()] or names
+        inner = [name for name in names if counts[name] > 1] or names
+        if inner:
+            found[inner[-1]] = None
+    return list(found)
+
+
 def _inside_block(name: str, numbered: set[str]) -> bool:
     """Whether a layer lies below a numbered module, and in none of the parts outside blocks."""
     return not numbered.isdisjoint(ancestors(name)) and _OUTSIDE_BLOCKS.isdisjoint(name.split(".")[:-1])

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.delta import SnellDelta
 from snell_lightning.adapters.errors import UserError, some
-from snell_lightning.adapters.finding import check_all_matched, find_targets, heads, layer_config, matching, slices_of
+from snell_lightning.adapters.finding import (
+    blocks_of,
+    check_all_matched,
+    find_targets,
+    heads,
+    layer_config,
+    matching,
+    slices_of,
+)
 from snell_lightning.adapters.linear import SnellLinear
 from snell_lightning.adapters.recompute import keep_everything, rebuild_inputs, recompute_blocks
 
@@ -74,7 +82,7 @@ def inject(model: nn.Module, config: SnellConfig) -> list[str]:
     if config.recompute != "none":
         rebuild_inputs(model)
     if config.recompute == "blocks":
-        recompute_blocks(model, targets)
+        recompute_blocks(model, blocks_of(model, targets))
     return list(targets)
 
 

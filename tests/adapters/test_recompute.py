@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, inject, merge
-from snell_lightning.adapters.recompute import _block_of
+from snell_lightning.adapters.finding import blocks_of
 
 from .models import FAMILIES, enlarge, large_config, make_images, make_model
 
@@ -90,6 +90,20 @@ def stack(recompute: str, **settings: object) -> Stack:
     model = Stack()
     inject(model, large_config(recompute=recompute, train_also=[r"^first\."], **settings))
     return enlarge(model).train()
+
+
+def module_of(layers: list[str]) -> nn.Module:
+    """A model with layers of these names."""
+    model = nn.Module()
+    for layer in layers:
+        module = model
+        *parents, last = layer.split(".")
+        for part in parents:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.add_module(last, nn.Linear(2, 2))
+    return model
 
 
 class TestGradients:
@@ -213,11 +227,15 @@ class TestBlocks:
         model = stack("blocks")
 
         model(torch.randn(4, 32)).sum().backward()
-        assert [block.calls for block in model.blocks] == [2, 2, 1]
+        # The first step tries besides whether a block gives the same again.
+        assert [block.calls for block in model.blocks] == [3, 3, 1]
+
+        model(torch.randn(4, 32)).sum().backward()
+        assert [block.calls for block in model.blocks] == [5, 5, 2]
 
         with torch.no_grad():
             model.eval()(torch.randn(4, 32))
-        assert [block.calls for block in model.blocks] == [3, 3, 2]
+        assert [block.calls for block in model.blocks] == [6, 6, 3]
 
     def test_are_the_innermost_numbered_modules_with_several_layers(self) -> None:
         layers = [
@@ -232,7 +250,26 @@ class TestBlocks:
             "head",
         ]
 
-        assert list(dict.fromkeys(_block_of(layers))) == ["layers.0.blocks.1", "layers.0.blocks.0", "layers.1", "10"]
+        expected = ["layers.0.blocks.1", "layers.0.blocks.0", "layers.1", "10"]
+        assert blocks_of(module_of(layers), layers) == expected
+
+    def test_may_have_a_number_at_the_end_of_their_name(self) -> None:
+        layers = [
+            f"features.layer{stage}.block_{block}.{layer}"
+            for stage in (1, 2)
+            for block in (0, 1)
+            for layer in ("mlp1.fc", "mlp2.fc")
+        ]
+
+        expected = [f"features.layer{stage}.block_{block}" for stage in (1, 2) for block in (0, 1)]
+        assert blocks_of(module_of(layers), layers) == expected
+
+    @pytest.mark.parametrize("model", [nn.Sequential(Block(8)), nn.ModuleDict({"only": Block(8)})], ids=["one", "none"])
+    def test_that_are_too_few_to_run_again_are_told(self, model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+        inject(model, SnellConfig(rank=2, recompute="blocks", targets=["fc1"]))
+
+        assert "recompute is 'blocks', but" in caplog.text
+        assert "acts as 'inputs'" in caplog.text
 
     def test_keep_their_class_names_and_parameters_names(self) -> None:
         model, plain = stack("blocks"), stack("none")
@@ -247,7 +284,7 @@ class TestBlocks:
         other = copied(model)
         other(torch.randn(4, 32)).sum().backward()
 
-        assert [block.calls for block in other.blocks] == [2, 2, 1]
+        assert [block.calls for block in other.blocks] == [3, 3, 1]
         assert [block.calls for block in model.blocks] == [0, 0, 0]
         assert all(p.grad is None for p in model.parameters())
 
