@@ -19,7 +19,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -33,6 +32,7 @@ from snell_lightning.adapters import (
     check_adapter_state_dict,
     fingerprint,
     freeze_all_but_head,
+    freeze_statistics,
     inject,
     load_adapter,
     read_adapter,
@@ -144,14 +144,6 @@ class ImageClassifier(LightningModule):
         """Images `(batch, 3, height, width)`, normalised, to logits `(batch, num_classes)`."""
         return self.model(images)
 
-    def train(self, mode: bool = True) -> "ImageClassifier":
-        """Training mode, but frozen batch norms keep their statistics: those are part of the frozen backbone."""
-        super().train(mode)
-        for module in self.model.modules():
-            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
-                module.eval()
-        return self
-
     def setup(self, stage: str) -> None:
         """Take the class names from the data, or see that they are those of the tuned weights.
 
@@ -165,7 +157,7 @@ class ImageClassifier(LightningModule):
             self.class_names = tuple(names)
 
     def on_fit_start(self) -> None:
-        """Say what is trained, and put frozen batch norms to rest: Lightning does not call `train` before it fits."""
+        """Say what is trained; batch norms that a strategy has put in since are as frozen as those before."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.parameters())
         layers = sum(isinstance(module, SnellLinear) for module in self.model.modules())
@@ -173,7 +165,7 @@ class ImageClassifier(LightningModule):
             f"model: {self.backbone_name}, {layers} layers adapted, {trained:,} of {total:,} parameters trained "
             f"({trained / total:.2%})"
         )
-        self.train()
+        freeze_statistics(self.model)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""

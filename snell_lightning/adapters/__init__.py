@@ -18,6 +18,7 @@ from snell_lightning.adapters.injection import (
     merge,
 )
 from snell_lightning.adapters.linear import SnellLinear
+from snell_lightning.adapters.statistics import freeze_statistics
 
 __all__ = [
     "AdapterModule",
@@ -32,6 +33,7 @@ __all__ = [
     "deltas",
     "fingerprint",
     "freeze_all_but_head",
+    "freeze_statistics",
     "heads",
     "inject",
     "load_adapter",

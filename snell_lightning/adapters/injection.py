@@ -26,6 +26,7 @@ from snell_lightning.adapters.finding import (
 )
 from snell_lightning.adapters.linear import SnellLinear
 from snell_lightning.adapters.recompute import keep_everything, rebuild_inputs, recompute_blocks
+from snell_lightning.adapters.statistics import freeze_statistics, release_statistics, trained_statistics
 
 # timm's attention with separate q and v biases reads `qkv.weight` and bypasses the layer, unless this attribute is set.
 _CALLS_QKV = "qkv_bias_separate"
@@ -67,6 +68,7 @@ def inject(model: nn.Module, config: SnellConfig) -> list[str]:
     head_parameters = {id(parameter) for head in heads(model).values() for parameter in head.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) in head_parameters or name in extra)
+    freeze_statistics(model)
 
     adapted = {
         id(layer): SnellLinear(layer, layer_config(name, config), slices_of(name, layer))
@@ -98,6 +100,7 @@ def merge(model: nn.Module) -> nn.Module:
     if isinstance(model, SnellLinear):
         return model.merged()
     keep_everything(model)
+    release_statistics(model)
     plain = {id(module): module.merged() for module in model.modules() if isinstance(module, SnellLinear)}
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
@@ -137,6 +140,7 @@ def freeze_all_but_head(model: nn.Module) -> None:
         raise UserError("the backbone names no classifier, so without an adapter there is nothing to train")
     for head in found.values():
         head.requires_grad_(True)
+    freeze_statistics(model)
 
 
 def deltas(model: nn.Module) -> dict[str, SnellDelta]:
@@ -155,6 +159,8 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What tuning makes: the adapter's tensors and every other trainable one, such as the head, by their names.
 
+    With a trained normalisation come its running statistics.
+
     Returns:
         Detached tensors that share the parameters' memory.
     """
@@ -163,7 +169,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         name: parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or name in wanted
-    }
+    } | dict(trained_statistics(model))
 
 
 @torch.no_grad()

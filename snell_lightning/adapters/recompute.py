@@ -150,8 +150,8 @@ def keep_everything(model: nn.Module) -> None:
                 del module._forward_hooks[key]
         if isinstance(module, _Recomputed):
             module.__class__ = type(module).__mro__[2]
-        for key in {_REPEATS, _NAME} & vars(module).keys():
-            delattr(module, key)
+        for attribute in {_REPEATS, _NAME} & vars(module).keys():
+            delattr(module, attribute)
 
 
 @dataclass(frozen=True)

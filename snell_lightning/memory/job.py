@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, cast_frozen, freeze_all_but_head, inject
 from snell_lightning.adapters.recompute import RECOMPUTE
@@ -137,10 +136,6 @@ def adapt(model: nn.Module, job: Job) -> nn.Module:
     if job.precision in ("64-true", "bf16-true", "16-true"):
         _to(model, WHOLE[job.precision])
     model.train()
-    for module in model.modules():
-        # As in `ImageClassifier.train`.
-        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
-            module.eval()
     return model
 
 

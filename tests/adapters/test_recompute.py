@@ -16,15 +16,11 @@ from .models import FAMILIES, enlarge, large_config, make_images, make_model
 
 
 def adapted(family: str, recompute: str, **settings: object) -> nn.Module:
-    """The family's model with large updates, in training mode but for its batch norms."""
+    """The family's model with large updates, in training mode."""
     model = make_model(family)
     inject(model, large_config(recompute=recompute, **settings))
     torch.manual_seed(2)
-    enlarge(model).train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    return model
+    return enlarge(model).train()
 
 
 def kept_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
