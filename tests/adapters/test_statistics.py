@@ -1,4 +1,4 @@
-"""Issue row C3: running statistics of what is frozen stay, whoever calls `train()`; of what is trained they are kept."""
+"""Issue row C3: running statistics of what is frozen stay, whoever calls `train()`; what is trained keeps its own."""
 
 import copy
 import pickle
