@@ -198,14 +198,14 @@ class ImageClassifier(LightningModule):
         self._require_images("test")
 
     def on_after_backward(self) -> None:
-        """Once: every adapter must have a gradient. One that has none is bypassed by the backbone's own code."""
+        """Once: every adapter must have a gradient. One that has none is of a layer that the backbone does not use."""
         if self.trainer.global_step == 0:
             idle = [name for name, parameter in adapter_parameters(self.model) if parameter.grad is None]
             if idle:
                 layer = idle[0].split(".deltas.")[0]
                 raise UserError(
-                    f"the adapter of {layer} gets no gradient: {self.backbone_name!r} uses the layer's weight without "
-                    f"calling it; leave it out with model.adapter.exclude"
+                    f"the adapter of {layer} gets no gradient: {self.backbone_name!r} does not use the layer; leave it out "
+                    f"with model.adapter.exclude"
                 )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -339,8 +339,8 @@ def test_a_checkpoint_that_lacks_or_adds_a_tensor_is_refused() -> None:
 def test_a_layer_that_the_backbone_does_not_call_is_named(tmp_path: Path) -> None:
     module = tiny()
     bypassed = module.model.blocks[1].attn.qkv
-    # A backbone that multiplies with the layer's weight itself.
-    bypassed.forward = lambda x: F.linear(x, bypassed.weight, bypassed.bias)
+    # A backbone that does without the layer.
+    bypassed.forward = lambda x: torch.cat([x, x, x], -1)
     with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv gets no gradient: 'test_vit'.*model\.adapter\.exclude"):
         trainer(tmp_path).fit(module, DataLoader([batch(2)], batch_size=None))
 

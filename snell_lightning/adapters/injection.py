@@ -24,6 +24,7 @@ from snell_lightning.adapters.finding import (
     matching,
     slices_of,
 )
+from snell_lightning.adapters.guards import guard, unguard
 from snell_lightning.adapters.linear import SnellLinear
 from snell_lightning.adapters.recompute import keep_everything, rebuild_inputs, recompute_blocks
 from snell_lightning.adapters.statistics import freeze_statistics, release_statistics, trained_statistics
@@ -81,6 +82,7 @@ def inject(model: nn.Module, config: SnellConfig) -> list[str]:
                 if child_name == "qkv" and getattr(parent, _CALLS_QKV, None) is False:
                     setattr(parent, _CALLS_QKV, True)
                     adapted[id(child)].restore_on_merge = {_CALLS_QKV: False}
+    guard(model, {name: adapted[id(layer)] for name, layer in targets.items()})
     if config.recompute != "none":
         rebuild_inputs(model)
     if config.recompute == "blocks":
@@ -99,6 +101,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, SnellLinear):
         return model.merged()
+    unguard(model)
     keep_everything(model)
     release_statistics(model)
     plain = {id(module): module.merged() for module in model.modules() if isinstance(module, SnellLinear)}

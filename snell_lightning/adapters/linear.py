@@ -15,6 +15,7 @@ from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.delta import Noise, SnellDelta, one_product_is_exact, tuned_linear, two_products
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.finding import why_not_adaptable
+from snell_lightning.adapters.guards import MergeFirstError, refuse_dropped_gradients, refuse_export
 from snell_lightning.adapters.recompute import layer_input
 
 # What a module keeps its users' hooks in.
@@ -58,6 +59,8 @@ class SnellLinear(nn.Module):
         self._stride = (linear.stride[0], linear.stride[1]) if isinstance(linear, nn.Conv2d) else None
         # In a list, so that it is no submodule: what `merged` turns back into the plain layer.
         self._plain = [linear]
+        # For `guard`: whether something has read the weight, and whether the layer was called.
+        self.read = self.called = False
         # Hooks go on being called, and whoever has their handles can remove them.
         for name, hooks in vars(linear).items():
             if name in _HOOKS:
@@ -67,18 +70,46 @@ class SnellLinear(nn.Module):
         # Attributes of the parent module that `inject` changed, with the values that `merge` gives back.
         self.restore_on_merge: dict[str, Any] = {}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __getattr__(self, name: str) -> Any:
+        """A parameter or submodule. Whether the weight was read is noted: who reads it may not call the layer."""
+        if name == "weight":
+            self.__dict__["read"] = True
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            plain = self.__dict__.get("_plain")
+            if plain and not name.startswith("_") and hasattr(plain[0], name):
+                raise MergeFirstError(f"an adapted layer has no {name}; call merge(model) first") from None
+            raise
+
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, ..., in)` to `(batch, ..., out)`; as a convolution `(batch, in, H, W)` to `(batch, out, H', W')`."""
+        refuse_export(x)
+        return self._tuned(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _tuned(self, x: Tensor) -> Tensor:
+        if self.training and not torch.is_grad_enabled():
+            refuse_dropped_gradients()
+        self.called = True
         if not x.is_floating_point():
             raise UserError(f"a tuned layer takes floating-point input, not {x.dtype}; convert the input first")
+        if x.is_nested:
+            return self._nested(x)
         x, kept, recipe = layer_input(x, self._stride, rebuild=self.config.recompute != "none")
         if self.training or torch.is_grad_enabled():
             noise = Noise.draw(self.config.dropout, self.config.drop_path) if self.training else None
-            y = tuned_linear(x, self.weight.flatten(1), self.bias, self.updates, noise, kept, recipe)
+            y = tuned_linear(x, self._flat_weight, self.bias, self.updates, noise, kept, recipe)
         else:
             y = self._evaluate(x)
         return y if self._stride is None else y.permute(0, 3, 1, 2)
+
+    @property
+    def _flat_weight(self) -> Tensor:
+        """The frozen weight `(out, in)`, not noted as read."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight.flatten(1)
 
     @property
     def updates(self) -> list[SnellDelta]:
@@ -90,9 +121,20 @@ class SnellLinear(nn.Module):
         self._made = None
         return super().train(mode)
 
+    def _nested(self, x: Tensor) -> Tensor:
+        """The product with rows of many lengths, as `nn.TransformerEncoder` makes of padded ones: one, with W + dW."""
+        weight = self._flat_weight
+        noisy = self.training and (self.config.dropout or self.config.drop_path)
+        if noisy or not one_product_is_exact(x, weight):
+            raise UserError(
+                "a tuned layer takes a nested tensor in fp32 and without noise only; make the encoder with "
+                "enable_nested_tensor=False"
+            )
+        return F.linear(x, weight + torch.cat([delta.weight() for delta in self.updates]), self.bias)
+
     def _evaluate(self, x: Tensor) -> Tensor:
         """The tuned product without gradients: the update is made once, not for every batch."""
-        weight = self.weight.flatten(1)
+        weight = self._flat_weight
         if one_product_is_exact(x, weight):
             return F.linear(x, self._once(x.dtype, weight), None if self.bias is None else self.bias.to(x.dtype))
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
@@ -102,7 +144,7 @@ class SnellLinear(nn.Module):
 
     def _once(self, dtype: torch.dtype, base: Tensor | None) -> Tensor:
         """`base + dW`, kept until a tensor it depends on is changed, or training goes on."""
-        sources = [self.weight, *self.deltas.parameters()]
+        sources = [self._flat_weight, *self.deltas.parameters()]
         sparsities = tuple(delta.sparsity for delta in self.updates)
         key = (dtype, base is None, sparsities, tuple((t.data_ptr(), t._version) for t in sources))
         if self._made is None or self._made[0] != key:
