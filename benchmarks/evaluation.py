@@ -3,8 +3,8 @@
     python -m benchmarks.evaluation --backbone vit_base_patch16_224 --batch 8
 
 Both models have the same random weights and run in evaluation mode under `torch.inference_mode`, in turns A B A B, in
-fp32 and under autocast to bf16. A round that is not counted comes first, and in it the adapted model does what it does
-once. Writes `benchmarks/results/evaluation-BACKBONE-BATCH.json`, or --output.
+fp32 and under autocast to bf16. The adapted model makes its updates once, as in an evaluation by Lightning; a round
+that is not counted comes first. Writes `benchmarks/results/evaluation-BACKBONE-BATCH.json`, or --output.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.methods import PRECISIONS, Backbone, Settings, autocast, make_model, parse_variants
+from snell_lightning.adapters import updates_made_once
 
 
 def evaluate(model: nn.Module, images: Tensor, precision: str) -> None:
@@ -79,7 +80,8 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
             name: lambda model=model, precision=precision: seconds(lambda: evaluate(model, images, precision), device)
             for name, model in models.items()
         }
-        times = in_turns(jobs, arguments.rounds, arguments.warmup)
+        with updates_made_once(models["snell"]):
+            times = in_turns(jobs, arguments.rounds, arguments.warmup)
         medians = {name: median(values) for name, values in times.items()}
         precisions[precision] = {
             "seconds": times,

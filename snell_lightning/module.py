@@ -9,6 +9,7 @@ timm is imported where it is used: the command line needs this class to print a 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +37,7 @@ from snell_lightning.adapters import (
     inject,
     load_adapter,
     read_adapter,
+    updates_made_once,
 )
 from snell_lightning.backbones import EMBEDDED_BACKBONE
 
@@ -112,6 +114,7 @@ class ImageClassifier(LightningModule):
         self.class_names: tuple[str, ...] | None = None
         self._seen = dict.fromkeys(("train", "val", "test"), 0)
         self.images_read = 0
+        self._evaluation = ExitStack()
 
         from snell_lightning.backbones import create_backbone, require_image_size
 
@@ -187,6 +190,17 @@ class ImageClassifier(LightningModule):
         """See that there was something to train on."""
         self._require_images("train")
 
+    def on_validation_start(self) -> None:
+        """From here to the end of the evaluation each update is made once."""
+        self._evaluation.enter_context(updates_made_once(self.model))
+
+    def on_validation_end(self) -> None:
+        """What was made is dropped."""
+        self._evaluation.close()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
     def on_validation_epoch_end(self) -> None:
         """See that there was something to validate on, but for lightning's first look at a batch or two."""
         if not self.trainer.sanity_checking:
@@ -204,8 +218,8 @@ class ImageClassifier(LightningModule):
             if idle:
                 layer = idle[0].split(".deltas.")[0]
                 raise UserError(
-                    f"the adapter of {layer} gets no gradient: {self.backbone_name!r} does not use the layer; leave it out "
-                    f"with model.adapter.exclude"
+                    f"the adapter of {layer} gets no gradient: {self.backbone_name!r} does not use the layer; "
+                    "leave it out with model.adapter.exclude"
                 )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from snell_lightning import ImageClassifier, SnellConfig, UserError
 from snell_lightning.adapters import adapter_parameters
+from snell_lightning.adapters.delta import UpdateRule
 from snell_lightning.callbacks import AdapterCheckpoint
 from snell_lightning.module import warmup_cosine
 
@@ -343,6 +344,22 @@ def test_a_layer_that_the_backbone_does_not_call_is_named(tmp_path: Path) -> Non
     bypassed.forward = lambda x: torch.cat([x, x, x], -1)
     with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv gets no gradient: 'test_vit'.*model\.adapter\.exclude"):
         trainer(tmp_path).fit(module, DataLoader([batch(2)], batch_size=None))
+
+
+def test_c8_an_evaluation_makes_each_update_once_and_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, made = tiny(adapter=SnellConfig(rank=2, targets=["qkv"])), []
+    write = UpdateRule.write
+    monkeypatch.setattr(UpdateRule, "write", lambda *args, **kwargs: (made.append(1), write(*args, **kwargs))[1])
+    loader = DataLoader([batch(2), batch(2), batch(1)], batch_size=None)
+    run = trainer(tmp_path)
+    for evaluate in (run.validate, run.test, run.predict):
+        made.clear()
+        evaluate(module, loader)
+        # Of q, k and v of each block.
+        assert len(made) == 3 * len(module.model.blocks)
+    assert all(block.attn.qkv._made is None for block in module.model.blocks)
 
 
 def test_the_adapter_may_be_given_as_a_dictionary() -> None:

@@ -17,7 +17,7 @@ from snell_lightning.adapters.injection import (
     load_adapter_state_dict,
     merge,
 )
-from snell_lightning.adapters.linear import SnellLinear
+from snell_lightning.adapters.linear import SnellLinear, updates_made_once
 from snell_lightning.adapters.statistics import freeze_statistics
 
 __all__ = [
@@ -41,4 +41,5 @@ __all__ = [
     "merge",
     "read_adapter",
     "save_adapter",
+    "updates_made_once",
 ]

@@ -5,6 +5,8 @@ are added as `deltas.0`, `deltas.1`, ... A fused `qkv` layer of 192 inputs and 5
 `(192, 192)`: the entries of q, k and v compete each among themselves.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,7 +67,8 @@ class SnellLinear(nn.Module):
         for name, hooks in vars(linear).items():
             if name in _HOOKS:
                 setattr(self, name, hooks)
-        # For evaluation: what the product is taken with, and what it was made from.
+        # For `updates_made_once`: whether to keep what the product is taken with; that, and what it was made from.
+        self._keeps_made = False
         self._made: tuple[Any, Tensor] | None = None
         # Attributes of the parent module that `inject` changed, with the values that `merge` gives back.
         self.restore_on_merge: dict[str, Any] = {}
@@ -116,9 +119,13 @@ class SnellLinear(nn.Module):
         """The updates, top rows first."""
         return [delta for delta in self.deltas if isinstance(delta, SnellDelta)]
 
+    def keep_made(self, keep: bool) -> None:
+        """Keep what evaluation makes until a tensor that it depends on is changed, or make it for every batch."""
+        self._keeps_made, self._made = keep, None
+
     def train(self, mode: bool = True) -> "SnellLinear":
-        """Training mode; what evaluation has made is dropped."""
-        self._made = None
+        """Training mode; what evaluation has made is dropped, and after training it is made for every batch."""
+        self.keep_made(self._keeps_made and not mode)
         return super().train(mode)
 
     def _nested(self, x: Tensor) -> Tensor:
@@ -133,25 +140,28 @@ class SnellLinear(nn.Module):
         return F.linear(x, weight + torch.cat([delta.weight() for delta in self.updates]), self.bias)
 
     def _evaluate(self, x: Tensor) -> Tensor:
-        """The tuned product without gradients: the update is made once, not for every batch."""
+        """The tuned product without gradients."""
         weight = self._flat_weight
         if one_product_is_exact(x, weight):
-            return F.linear(x, self._once(x.dtype, weight), None if self.bias is None else self.bias.to(x.dtype))
+            return F.linear(x, self._product(x.dtype, weight), None if self.bias is None else self.bias.to(x.dtype))
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            y = two_products(x.reshape(-1, x.shape[-1]), self._once(dtype, None), weight, self.bias)
+            y = two_products(x.reshape(-1, x.shape[-1]), self._product(dtype, None), weight, self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _once(self, dtype: torch.dtype, base: Tensor | None) -> Tensor:
-        """`base + dW`, kept until a tensor it depends on is changed, or training goes on."""
+    def _product(self, dtype: torch.dtype, base: Tensor | None) -> Tensor:
+        """`base + dW`: made now, or kept within `updates_made_once` and still right."""
         sources = [self._flat_weight, *self.deltas.parameters()]
         sparsities = tuple(delta.sparsity for delta in self.updates)
         key = (dtype, base is None, sparsities, tuple((t.data_ptr(), t._version) for t in sources))
-        if self._made is None or self._made[0] != key:
-            self._made = None
-            update = torch.cat([delta.weight() for delta in self.updates])
-            self._made = key, update.to(dtype) if base is None else update.add_(base).to(dtype)
-        return self._made[1]
+        if self._made is not None and self._made[0] == key:
+            return self._made[1]
+        self._made = None
+        update = torch.cat([delta.weight() for delta in self.updates])
+        made = update.to(dtype) if base is None else update.add_(base).to(dtype)
+        if self._keeps_made:
+            self._made = key, made
+        return made
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -169,3 +179,20 @@ class SnellLinear(nn.Module):
         """Sizes, for `print(model)`."""
         kind = "" if self._stride is None else f", 1x1 convolution, stride={self._stride}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{kind}"
+
+
+@contextmanager
+def updates_made_once(model: nn.Module) -> Iterator[None]:
+    """Within, evaluation without gradients makes each update once and keeps it: a matrix of the weight's size a layer.
+
+    Otherwise every batch makes it anew. What changes a factor in the usual ways is noticed all the same; what does so
+    behind autograd's back, through `.data`, is not.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SnellLinear)]
+    for layer in layers:
+        layer.keep_made(True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keep_made(False)

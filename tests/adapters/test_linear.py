@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, cast_frozen
+from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, cast_frozen, updates_made_once
 from snell_lightning.adapters.competition import SPARSIFIERS
 from snell_lightning.adapters.delta import Noise, UpdateRule, tuned_linear
 from snell_lightning.adapters.kernels import KERNELS
@@ -595,11 +596,15 @@ class TestEvaluation:
         return made
 
     @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-    def test_makes_each_update_once(self, autocast: bool, writes: list[int]) -> None:
+    def test_makes_each_update_once_where_the_caller_says_so(self, autocast: bool, writes: list[int]) -> None:
         layer = make_layer(slices=3).eval()
         x = torch.randn(7, 12)
 
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with (
+            updates_made_once(nn.Sequential(layer)),
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
             first, second, third = layer(x), layer(x), layer(x[:2])
 
         assert len(writes) == 3
@@ -635,25 +640,44 @@ class TestEvaluation:
         x = torch.randn(7, 12)
         for parameter in layer.deltas.parameters():
             parameter.grad = torch.randn_like(parameter)
-        with torch.no_grad():
+        with torch.no_grad(), updates_made_once(layer):
             before = layer(x)
 
-        change(layer)
+            change(layer)
 
-        with torch.no_grad():
             after = layer(x)
         assert not torch.allclose(before, after)
         torch.testing.assert_close(after, straightforward(layer, x).detach())
 
-    def test_keeps_nothing_once_training_goes_on(self) -> None:
-        layer = make_layer().eval()
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_c8_sees_a_change_behind_autograds_back(self, inside: bool) -> None:
+        layer = make_layer(slices=3).eval()
+        x = torch.randn(7, 12)
+        with torch.no_grad(), updates_made_once(layer) if inside else nullcontext():
+            before = layer(x)
+        layer.deltas[0].in_factors.data.normal_()
         with torch.no_grad():
-            layer(torch.randn(7, 12))
-        assert layer._made is not None
+            after = layer(x)
 
-        layer.train()
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, straightforward(layer, x).detach())
 
-        assert layer._made is None
+    def test_keeps_nothing_once_training_goes_on_or_the_evaluation_is_over(self) -> None:
+        layer = make_layer().eval()
+        x = torch.randn(7, 12)
+        with torch.no_grad():
+            layer(x)
+            assert layer._made is None
+            with updates_made_once(layer):
+                layer(x)
+                assert layer._made is not None
+            assert layer._made is None
+            with updates_made_once(layer):
+                layer(x)
+                layer.train()
+                assert layer._made is None
+                layer.eval()(x)
+                assert layer._made is None
 
     def test_leaves_the_following_training_step_as_it_was(self) -> None:
         def gradients_after(evaluate: bool) -> list[Tensor]:
