@@ -36,6 +36,10 @@ from snell_lightning.adapters.recompute import Recipe
 _FP16_UPDATE_PEAK = 2.0**-4
 
 
+# The rows of a weight that an update belongs to: where they do not lie together, their numbers.
+Rows = slice | Tensor
+
+
 @dataclass(frozen=True)
 class UpdateRule:
     """How factors become an update: the kernel, the sparsifier and the sparsity in force."""
@@ -314,19 +318,21 @@ class Noise:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the forward of a tuned layer decides and its backward follows; no tensors.
+    """What the forward of a tuned layer decides and its backward follows; of tensors only the numbers of rows.
 
     Attributes:
         rules: How each update is made.
         noise: Dropout and drop path, or None.
         samples: Number of samples that the rows belong to.
         recipe: How x is made from what is kept of it.
+        rows: Rows of the weight that each update belongs to; by default one below the other.
     """
 
     rules: list[UpdateRule]
     noise: Noise | None
     samples: int
     recipe: Recipe
+    rows: Sequence[Rows] | None = None
 
     @property
     def scale(self) -> float:
@@ -335,12 +341,13 @@ class _Plan:
 
     def updates(
         self, factors: Sequence[Tensor], dtype: torch.dtype
-    ) -> Iterator[tuple[UpdateRule, Tensor, Tensor, slice]]:
+    ) -> Iterator[tuple[UpdateRule, Tensor, Tensor, Rows]]:
         """Each update's rule, P and Q in the kernel's precision, and its rows of the weight."""
         start = 0
-        for rule, out_factors, in_factors in zip(self.rules, factors[::2], factors[1::2], strict=True):
-            rows = slice(start, start + out_factors.shape[1])
-            start = rows.stop
+        for at, (rule, out_factors, in_factors) in enumerate(zip(self.rules, factors[::2], factors[1::2], strict=True)):
+            below = slice(start, start + out_factors.shape[1])
+            start = below.stop
+            rows = below if self.rows is None else self.rows[at]
             yield rule, out_factors.to(dtype), in_factors.to(dtype), rows
 
     def row_ranges(self, rows: int) -> tuple[list[slice], list[slice]]:
@@ -360,8 +367,9 @@ def tuned_linear(
     noise: Noise | None = None,
     kept: Tensor | None = None,
     recipe: Recipe | None = None,
+    rows: Sequence[Rows] | None = None,
 ) -> Tensor:
-    """`x (W + dW)^T + b`, where the rows of dW are those of `deltas`, one below the other.
+    """`x (W + dW)^T + b`, where the rows of dW are those of `deltas`.
 
     Args:
         x: `(batch, ..., in)`, in the type to compute in.
@@ -371,13 +379,14 @@ def tuned_linear(
         noise: Dropout and drop path of the update, or None.
         kept: What is kept for backward; by default x.
         recipe: How x is made from that, if it is not x; both come from `layer_input`.
+        rows: Rows of the weight that each update belongs to; by default one below the other.
 
     Returns:
         `(batch, ..., out)` in the type of x.
     """
     factors = [factor for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
     samples = len(x) if x.dim() > 1 else 1
-    plan = _Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype))
+    plan = _Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype), rows)
     y = _TunedLinear.apply(x, x.detach() if kept is None else kept, weight, bias, plan, *factors)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -470,7 +479,10 @@ class _TunedLinear(torch.autograd.Function):
         with full_precision(x.device.type):
             for rule, p, q, rows in plan.updates(factors, dtype):
                 base = weight[rows] if one_product else None
-                taus.append(rule.write(p, q, buffer[rows], base, plan.scale))
+                part = buffer[rows] if isinstance(rows, slice) else buffer.new_empty(len(rows), buffer.shape[1])
+                taus.append(rule.write(p, q, part, base, plan.scale))
+                if not isinstance(rows, slice):
+                    buffer[rows] = part
         with torch.autocast(x.device.type, enabled=False):
             if one_product:
                 bias = None if bias is None else bias.to(x.dtype)
@@ -513,6 +525,8 @@ class _TunedLinear(torch.autograd.Function):
             for ((rule, p, q, rows), tau), base in zip(updates, bases, strict=True):
                 out = buffer[rows] if need_x else None
                 grads += rule.sampled_backward(p, q, tau, grad_y[:, rows], x, kept_rows, out, base, plan.scale)
+                if out is not None and not isinstance(rows, slice):
+                    buffer[rows] = out
         else:
             with torch.autocast(x.device.type, enabled=False):
                 buffer = _product_over(kept_rows, grad_y, x)
@@ -522,7 +536,10 @@ class _TunedLinear(torch.autograd.Function):
             del x
             with full_precision(grad_y.device.type):
                 for ((rule, p, q, rows), tau), base in zip(updates, bases, strict=True):
-                    grads += rule.backward(p, q, tau, buffer[rows], base, plan.scale, rewrite=need_x)
+                    part = buffer[rows]
+                    grads += rule.backward(p, q, tau, part, base, plan.scale, rewrite=need_x)
+                    if need_x and not isinstance(rows, slice):
+                        buffer[rows] = part
         grads = [None if grad is None else grad.to(factors[0].dtype) for grad in grads]
 
         grad_x = None

@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted, how each is divided into projections, and why a layer cannot be taken."""
+"""Which layers of a model are adapted, why a layer cannot be taken, and which blocks layers lie in."""
 
 import logging
 import re
@@ -36,8 +36,6 @@ _PLAIN_PRODUCTS = frozenset({"timm.layers.linear.Linear", "timm.layers.conv2d_sa
 # Of the backbone's weights; a default that reaches less of them is told.
 _SMALL_SHARE = 0.1
 _DIGITS = "0123456789"
-# Layers that hold several projections, and how many.
-_FUSED = {"qkv": 3, "kv": 2}
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:
@@ -131,6 +129,11 @@ def why_not_adaptable(module: Any) -> str | None:
     return _why_not_plain(module)
 
 
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All layers that could become a `SnellLinear`, by name."""
+    return {name: module for name, module in model.named_modules() if name and why_not_adaptable(module) is None}
+
+
 def _why_not_plain(layer: nn.Module) -> str | None:
     """Why a layer may compute something else than a product with its weight; `None` if it computes that."""
     kind = type(layer)
@@ -212,12 +215,6 @@ def layer_config(name: str, config: SnellConfig) -> SnellConfig:
     return replace(config, **changes)
 
 
-def slices_of(name: str, layer: nn.Module) -> int:
-    slices = _FUSED.get(name.rpartition(".")[2], 1)
-    rows: int = layer.weight.shape[0]  # type: ignore[index, assignment]
-    return slices if rows % slices == 0 else 1
-
-
 def matching(patterns: Iterable[str], name: str) -> str | None:
     return next((pattern for pattern in patterns if re.search(pattern, name)), None)
 
@@ -232,5 +229,5 @@ def check_all_matched(
     idle = [pattern for pattern in patterns if pattern not in matched]
     if idle:
         if names is None:
-            names = [name for name, module in model.named_modules() if why_not_adaptable(module) is None]
+            names = adaptable_layers(model)
         raise UserError(f"{setting} pattern {idle[0]!r} matches nothing; there is for example {some(names)}")

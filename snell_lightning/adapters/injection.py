@@ -5,9 +5,10 @@ layers back. Which parameters are an adapter's is not guessed from their names: 
 (`AdapterModule`).
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,21 @@ from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.delta import SnellDelta
 from snell_lightning.adapters.errors import UserError, some
 from snell_lightning.adapters.finding import (
+    adaptable_layers,
     blocks_of,
     check_all_matched,
     find_targets,
     heads,
     layer_config,
     matching,
-    slices_of,
 )
 from snell_lightning.adapters.guards import guard, unguard
 from snell_lightning.adapters.linear import SnellLinear
+from snell_lightning.adapters.projections import divide
 from snell_lightning.adapters.recompute import keep_everything, rebuild_inputs, recompute_blocks
 from snell_lightning.adapters.statistics import freeze_statistics, release_statistics, trained_statistics
+
+_log = logging.getLogger(__name__)
 
 # timm's attention with separate q and v biases reads `qkv.weight` and bypasses the layer, unless this attribute is set.
 _CALLS_QKV = "qkv_bias_separate"
@@ -41,15 +45,19 @@ class AdapterModule(Protocol):
         """Names of parameters registered on this very module."""
 
 
-def inject(model: nn.Module, config: SnellConfig) -> list[str]:
+def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[str]:
     """Adapt the layers of a model in place, and freeze everything else but the head and `train_also`.
 
-    The head is what timm names as the model's classifier; it is never adapted and always trained. A model without such
-    information has no head of its own kind: name its parameters in `train_also`.
+    q, k and v compete each among themselves, however a layer holds them; a layer in which projections cannot be told
+    apart competes as one, and is named in a warning. The head is what timm names as the model's classifier; it is never
+    adapted and always trained. A model without such information has no head of its own kind: name its parameters in
+    `train_also`.
 
     Args:
         model: A timm model, or any module whose layers `config.targets` names.
         config: Settings, and which layers.
+        example: What the model is called with, a tensor or a tuple of arguments; it is run on the shapes alone, to see
+            which rows of a fused layer are q, k and v. By default images of the size that the model names.
 
     Returns:
         Names of the adapted layers, in the model's order.
@@ -71,22 +79,28 @@ def inject(model: nn.Module, config: SnellConfig) -> list[str]:
         parameter.requires_grad_(id(parameter) in head_parameters or name in extra)
     freeze_statistics(model)
 
+    reset = _have_qkv_called(model, targets)
+    parts = divide(model, adaptable_layers(model), targets, example)
     adapted = {
-        id(layer): SnellLinear(layer, layer_config(name, config), slices_of(name, layer))
-        for name, layer in targets.items()
+        id(layer): SnellLinear(layer, layer_config(name, config), parts[name] or 1) for name, layer in targets.items()
     }
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
             if id(child) in adapted:
                 setattr(parent, child_name, adapted[id(child)])
-                if child_name == "qkv" and getattr(parent, _CALLS_QKV, None) is False:
-                    setattr(parent, _CALLS_QKV, True)
+                if parent in reset:
                     adapted[id(child)].restore_on_merge = {_CALLS_QKV: False}
     guard(model, {name: adapted[id(layer)] for name, layer in targets.items()})
     if config.recompute != "none":
         rebuild_inputs(model)
     if config.recompute == "blocks":
         recompute_blocks(model, blocks_of(model, targets))
+    unknown = [name for name, rows in parts.items() if rows is None]
+    if unknown:
+        _log.warning(
+            f"{some(unknown)}: each competes as one, since it could not be seen whether it holds several projections; "
+            "give inject an example of what the model is called with"
+        )
     return list(targets)
 
 
@@ -203,6 +217,18 @@ def check_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], wher
                 f"{name} is {tuple(state[name].shape)} in {where} and {tuple(tensor.shape)} in the model; "
                 "give the model the settings and the number of classes that it was made with"
             )
+
+
+def _have_qkv_called(model: nn.Module, targets: Mapping[str, nn.Module]) -> set[nn.Module]:
+    """Have timm's attention call its layer, where one is a target; the modules whose attribute was changed for that."""
+    changed = set()
+    for name in targets:
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if child == "qkv" and getattr(module, _CALLS_QKV, None) is False:
+            setattr(module, _CALLS_QKV, True)
+            changed.add(module)
+    return changed
 
 
 def _extra_parameters(model: nn.Module, config: SnellConfig) -> set[str]:

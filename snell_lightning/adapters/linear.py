@@ -5,7 +5,7 @@ are added as `deltas.0`, `deltas.1`, ... A fused `qkv` layer of 192 inputs and 5
 `(192, 192)`: the entries of q, k and v compete each among themselves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snell_lightning.adapters.config import SnellConfig
-from snell_lightning.adapters.delta import Noise, SnellDelta, one_product_is_exact, tuned_linear, two_products
+from snell_lightning.adapters.delta import Noise, Rows, SnellDelta, one_product_is_exact, tuned_linear, two_products
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.finding import why_not_adaptable
 from snell_lightning.adapters.guards import MergeFirstError, refuse_dropped_gradients, refuse_export
@@ -36,28 +36,29 @@ class SnellLinear(nn.Module):
         linear: An `nn.Linear`, or an `nn.Conv2d` with a 1x1 kernel, no padding and one group. Its parameters are taken
             over, not copied, and frozen.
         config: Settings of the updates.
-        slices: Number of equal row blocks with an update of their own: 3 for a fused qkv. The top block comes first.
+        slices: The projections that the layer holds, each with an update of its own: their number, if they are equal
+            row blocks, such as 3 for a fused qkv, the top block first; or the rows of each, in the updates' order.
 
     Raises:
-        UserError: The layer is of another kind, or its outputs cannot be divided into `slices`.
+        UserError: The layer is of another kind, or its outputs cannot be divided so.
     """
 
-    def __init__(self, linear: nn.Module, config: SnellConfig, slices: int = 1) -> None:
+    def __init__(self, linear: nn.Module, config: SnellConfig, slices: int | Sequence[Sequence[int]] = 1) -> None:
         super().__init__()
         reason = why_not_adaptable(linear)
         if reason:
             raise UserError(f"cannot adapt {linear}: {reason}")
         assert isinstance(linear, (nn.Linear, nn.Conv2d))
         self.out_features, self.in_features = linear.weight.shape[:2]
-        if slices < 1 or self.out_features % slices:
-            raise UserError(f"a layer of {self.out_features} outputs cannot be divided into {slices} slices")
+        sizes, order = _divided(self.out_features, slices)
         self.config = config
         self.weight, self.bias = linear.weight, linear.bias
         self.requires_grad_(False)
-        rows = self.out_features // slices
-        self.deltas = nn.ModuleList(
-            SnellDelta(self.in_features, rows, config, device=linear.weight.device) for _ in range(slices)
-        )
+        device = linear.weight.device
+        self.deltas = nn.ModuleList(SnellDelta(self.in_features, rows, config, device=device) for rows in sizes)
+        # Where updates do not lie one below the other: the row of the weight that each row of theirs belongs to.
+        self._sizes = sizes
+        self.register_buffer("_order", None if order is None else order.to(device), persistent=False)
         self._stride = (linear.stride[0], linear.stride[1]) if isinstance(linear, nn.Conv2d) else None
         # In a list, so that it is no submodule: what `merged` turns back into the plain layer.
         self._plain = [linear]
@@ -102,7 +103,7 @@ class SnellLinear(nn.Module):
         x, kept, recipe = layer_input(x, self._stride, rebuild=self.config.recompute != "none")
         if self.training or torch.is_grad_enabled():
             noise = Noise.draw(self.config.dropout, self.config.drop_path) if self.training else None
-            y = tuned_linear(x, self._flat_weight, self.bias, self.updates, noise, kept, recipe)
+            y = tuned_linear(x, self._flat_weight, self.bias, self.updates, noise, kept, recipe, self._rows)
         else:
             y = self._evaluate(x)
         return y if self._stride is None else y.permute(0, 3, 1, 2)
@@ -115,8 +116,20 @@ class SnellLinear(nn.Module):
         return weight.flatten(1)
 
     @property
+    def _rows(self) -> list[Rows] | None:
+        """The rows of each update; None where they lie one below the other."""
+        order = self._buffers["_order"]
+        return None if order is None else list(order.split(self._sizes))
+
+    def whole_update(self) -> Tensor:
+        """DW `(out, in)` as applied, in fp32; differentiable."""
+        update = torch.cat([delta.weight() for delta in self.updates])
+        order = self._buffers["_order"]
+        return update if order is None else update[order.argsort()]
+
+    @property
     def updates(self) -> list[SnellDelta]:
-        """The updates, top rows first."""
+        """The updates, in the order of their rows."""
         return [delta for delta in self.deltas if isinstance(delta, SnellDelta)]
 
     def keep_made(self, keep: bool) -> None:
@@ -137,7 +150,7 @@ class SnellLinear(nn.Module):
                 "a tuned layer takes a nested tensor in fp32 and without noise only; make the encoder with "
                 "enable_nested_tensor=False"
             )
-        return F.linear(x, weight + torch.cat([delta.weight() for delta in self.updates]), self.bias)
+        return F.linear(x, weight + self.whole_update(), self.bias)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """The tuned product without gradients."""
@@ -157,7 +170,7 @@ class SnellLinear(nn.Module):
         if self._made is not None and self._made[0] == key:
             return self._made[1]
         self._made = None
-        update = torch.cat([delta.weight() for delta in self.updates])
+        update = self.whole_update()
         made = update.to(dtype) if base is None else update.add_(base).to(dtype)
         if self._keeps_made:
             self._made = key, made
@@ -167,8 +180,7 @@ class SnellLinear(nn.Module):
     def merged(self) -> nn.Module:
         """The plain layer again, of its original class, with the updates added to its weight in fp32 or better."""
         plain = self._plain[0]
-        update = torch.cat([delta.weight() for delta in self.updates])
-        merged = self.weight + update.view_as(self.weight)
+        merged = self.weight + self.whole_update().view_as(self.weight)
         plain.weight = nn.Parameter(merged, requires_grad=False)
         plain.bias = self.bias
         plain._is_full_backward_hook = self._is_full_backward_hook
@@ -179,6 +191,20 @@ class SnellLinear(nn.Module):
         """Sizes, for `print(model)`."""
         kind = "" if self._stride is None else f", 1x1 convolution, stride={self._stride}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{kind}"
+
+
+def _divided(rows: int, slices: int | Sequence[Sequence[int]]) -> tuple[list[int], Tensor | None]:
+    """The sizes of the parts, and their rows in turn; None for the latter if the parts lie one below the other."""
+    if isinstance(slices, int):
+        if slices < 1 or rows % slices:
+            raise UserError(f"a layer of {rows} outputs cannot be divided into {slices} slices")
+        return [rows // slices] * slices, None
+    order = [row for part in slices for row in part]
+    if sorted(order) != list(range(rows)) or not all(slices):
+        raise UserError(
+            f"a layer of {rows} outputs cannot be divided so: each row must be in one slice, and no slice empty"
+        )
+    return [len(part) for part in slices], None if order == sorted(order) else torch.tensor(order)
 
 
 @contextmanager
