@@ -8,7 +8,8 @@ without data, while the numbers go where the values go:
     rows 0..11                                                       rows 0..3, 4..7, 8..11
 
 What arrives together at an operand of attention, or of a product of two parts of the same layer, as a gate and its
-values are, is one projection. A layer is divided if such parts make up all of its rows; otherwise its entries compete as one.
+values are, is one projection. A layer is divided if such parts make up all of its rows; otherwise its entries compete
+as one.
 """
 
 import copy
@@ -120,8 +121,10 @@ def _attempts(
         yield "", (torch.empty(1, *image, dtype=dtype),)
     tried = set()
     for name in found:
-        width: int = layers[name].weight.shape[1]  # type: ignore[index, assignment]
         for around in reversed(["", *ancestors(name)]):
+            # What its first layer takes, the module may take as well.
+            first = next(other for other in layers if other.startswith(around))
+            width: int = layers[first].weight.shape[1]  # type: ignore[index, assignment]
             for shape in ((1, 16, width), (1, width, 4, 4), (1, 4, 4, width)):
                 if found[name] is None and (around, shape) not in tried:
                     tried.add((around, shape))
