@@ -39,6 +39,7 @@ from snell_lightning.adapters import (
     read_adapter,
     updates_made_once,
 )
+from snell_lightning.adapters.names import plain_name
 from snell_lightning.backbones import EMBEDDED_BACKBONE
 
 if TYPE_CHECKING:
@@ -269,7 +270,8 @@ class ImageClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained tensors only, and say which frozen weights they belong to."""
         trained = {f"model.{name}" for name in adapter_state_dict(self.model)}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        state = {plain_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in trained}
         data = getattr(self._trainer, "datamodule", None)
         checkpoint["snell"] = {
             "backbone": self.backbone_name,
@@ -301,7 +303,8 @@ class ImageClassifier(LightningModule):
             raise UserError(
                 f"the checkpoint was made on other frozen weights of {self.backbone_name!r}; use the same ones"
             )
-        checkpoint["state_dict"] = {**self.state_dict(), **state}
+        own = self.state_dict()
+        checkpoint["state_dict"] = {name: state.get(plain_name(name), tensor) for name, tensor in own.items()}
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup or CutMix of a batch; of an odd batch the last image stays unmixed, since timm mixes in pairs."""

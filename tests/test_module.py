@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from snell_lightning import ImageClassifier, SnellConfig, UserError
-from snell_lightning.adapters import adapter_parameters
+from snell_lightning.adapters import adapter_parameters, adapter_state_dict
 from snell_lightning.adapters.delta import UpdateRule
 from snell_lightning.callbacks import AdapterCheckpoint
 from snell_lightning.module import warmup_cosine
@@ -360,6 +360,27 @@ def test_c8_an_evaluation_makes_each_update_once_and_keeps_nothing(
         # Of q, k and v of each block.
         assert len(made) == 3 * len(module.model.blocks)
     assert all(block.attn.qkv._made is None for block in module.model.blocks)
+
+
+def test_a_checkpoint_of_a_compiled_backbone_is_that_of_a_plain_one(tmp_path: Path) -> None:
+    def fresh() -> ImageClassifier:
+        torch.manual_seed(0)
+        return tiny()
+
+    module = fresh()
+    module.model = torch.compile(module.model, backend="eager")
+    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[AdapterCheckpoint(monitor=None)])
+    run.fit(module, DataLoader([batch(4)], batch_size=None))
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    names = torch.load(path, weights_only=True)["state_dict"].keys()
+    assert names == {f"model.{name}" for name in adapter_state_dict(fresh().model)}
+    for compiled in (False, True):
+        other = fresh()
+        if compiled:
+            other.model = torch.compile(other.model, backend="eager")
+        trainer(tmp_path).test(other, DataLoader([batch(4)], batch_size=None), ckpt_path=path, weights_only=True)
+        found, expected = adapter_state_dict(other.model), adapter_state_dict(module.model)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_the_adapter_may_be_given_as_a_dictionary() -> None:

@@ -28,6 +28,7 @@ from snell_lightning.adapters.injection import (
     load_adapter_state_dict,
 )
 from snell_lightning.adapters.linear import SnellLinear
+from snell_lightning.adapters.names import plain_name, unwrapped
 
 FORMAT = "snell_lightning.adapter/1"
 
@@ -36,7 +37,8 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the frozen tensors: names, types, shapes and contents of all that `adapter_state_dict` leaves out."""
     trained = adapter_state_dict(model).keys()
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    tensors = {plain_name(name): tensor for name, tensor in unwrapped(model).state_dict().items()}
+    for name, tensor in sorted(tensors.items()):
         if name not in trained:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -104,8 +106,9 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _check_settings(path: str | Path, model: nn.Module, config: SnellConfig) -> None:
     """Raise where a layer would make another update of the file's factors than the one that was tuned."""
-    for name, layer in model.named_modules():
+    for name, layer in unwrapped(model).named_modules():
         if isinstance(layer, SnellLinear):
+            name = plain_name(name)
             expected = layer_config(name, config)
             for setting in ("kernel", "sparsifier", "sparsity", "pieces", "scale", "rank"):
                 wanted, given = getattr(expected, setting), getattr(layer.config, setting)
@@ -131,6 +134,7 @@ def load_adapter(path: str | Path, model: nn.Module, backbone: str | None = None
         UserError: The file belongs to another backbone or other frozen weights, or its tensors do not fit the model.
     """
     tensors, metadata = read_adapter(path)
+    tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
     if backbone is not None and metadata["backbone"] != backbone:
         raise UserError(f"{path} belongs to the backbone {metadata['backbone']!r}, not to {backbone!r}")
     config = None if metadata["config"] is None else SnellConfig(**metadata["config"])

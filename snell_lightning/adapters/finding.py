@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.errors import UserError, some
+from snell_lightning.adapters.names import plain_name
 
 _log = logging.getLogger(__name__)
 
@@ -59,16 +60,17 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, nn.Module]:
     left: dict[str, str] = {}
     numbered = numbered_blocks(model)
     matched: set[str] = set()
-    for name, module in model.named_modules():
+    for full, module in model.named_modules():
+        name = plain_name(full)
         if not name or any(name == head or name.startswith(head + ".") for head in head_names):
             continue
         if not isinstance(module, (nn.Linear, nn.Conv2d)) or matching(config.exclude, name):
             continue
         if config.targets is None:
-            if _inside_block(name, numbered):
+            if _inside_block(full, numbered):
                 reason = why_not_adaptable(module)
                 if reason is None:
-                    layers[name] = module
+                    layers[full] = module
                 elif isinstance(module, nn.Linear) or tuple(module.kernel_size) == (1, 1):
                     left[name] = reason
             continue
@@ -82,7 +84,7 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, nn.Module]:
                 "narrow the pattern, or name the layer in exclude"
             )
         matched.update(other for other in config.targets if re.search(other, name))
-        layers[name] = module
+        layers[full] = module
     check_all_matched("targets", config.targets or (), matched, model)
     if not layers:
         name, reason = next(iter(left.items()), ("", ""))
@@ -95,7 +97,7 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, nn.Module]:
         _tell_small_share(model, layers)
     for setting in ("rank_pattern", "sparsity_pattern", "dropout_pattern"):
         patterns = getattr(config, setting)
-        used = {pattern for pattern in patterns if any(re.search(pattern, name) for name in layers)}
+        used = {pattern for pattern in patterns if any(matching([pattern], name) for name in layers)}
         check_all_matched(setting, patterns, used, model, layers)
     return layers
 
@@ -216,7 +218,8 @@ def layer_config(name: str, config: SnellConfig) -> SnellConfig:
 
 
 def matching(patterns: Iterable[str], name: str) -> str | None:
-    return next((pattern for pattern in patterns if re.search(pattern, name)), None)
+    """The first of these patterns that is found in a name; wrappers' parts of it do not count."""
+    return next((pattern for pattern in patterns if re.search(pattern, plain_name(name))), None)
 
 
 def check_all_matched(

@@ -27,6 +27,7 @@ from snell_lightning.adapters.finding import (
 )
 from snell_lightning.adapters.guards import guard, unguard
 from snell_lightning.adapters.linear import SnellLinear
+from snell_lightning.adapters.names import plain_name, unwrapped
 from snell_lightning.adapters.projections import divide
 from snell_lightning.adapters.recompute import keep_everything, rebuild_inputs, recompute_blocks
 from snell_lightning.adapters.statistics import freeze_statistics, release_statistics, trained_statistics
@@ -66,6 +67,7 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
         UserError: There is no layer to adapt, a named one cannot be adapted, a pattern matches nothing, or the model
             has adapters already or parameters without values.
     """
+    model = unwrapped(model)
     if any(isinstance(module, SnellLinear) for module in model.modules()):
         raise UserError("the model has adapters already; call merge(model) before injecting others")
     lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, nn.UninitializedParameter)]
@@ -152,6 +154,7 @@ def freeze_all_but_head(model: nn.Module) -> None:
         UserError: The model does not say what its classifier is.
     """
     model.requires_grad_(False)
+    model = unwrapped(model)
     found = heads(model)
     if not found:
         raise UserError("the backbone names no classifier, so without an adapter there is nothing to train")
@@ -162,31 +165,32 @@ def freeze_all_but_head(model: nn.Module) -> None:
 
 def deltas(model: nn.Module) -> dict[str, SnellDelta]:
     """All updates of a model by name, in its order: `blocks.0.attn.qkv.deltas.0` updates the first block's q."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SnellDelta)}
+    modules = unwrapped(model).named_modules()
+    return {plain_name(name): module for name, module in modules if isinstance(module, SnellDelta)}
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The adapter's own parameters, by their name in the model; the head is not among them."""
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, AdapterModule):
             for local in module.adapter_params():
-                yield (f"{name}.{local}" if name else local), getattr(module, local)
+                yield plain_name(f"{name}.{local}" if name else local), getattr(module, local)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What tuning makes: the adapter's tensors and every other trainable one, such as the head, by their names.
 
-    With a trained normalisation come its running statistics.
+    With a trained normalisation come its running statistics. Names are the plain model's, also where it is compiled or
+    trained in several processes.
 
     Returns:
         Detached tensors that share the parameters' memory.
     """
+    model = unwrapped(model)
     wanted = {name for name, _ in adapter_parameters(model)}
-    return {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad or name in wanted
-    } | dict(trained_statistics(model))
+    parameters = ((plain_name(name), parameter) for name, parameter in model.named_parameters())
+    tuned = {name: parameter.detach() for name, parameter in parameters if parameter.requires_grad or name in wanted}
+    return tuned | {plain_name(name): statistic for name, statistic in trained_statistics(model)}
 
 
 @torch.no_grad()
@@ -196,6 +200,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     Raises:
         UserError: A tensor is missing, not expected, or of another shape. Nothing has been copied then.
     """
+    state = {plain_name(name): tensor for name, tensor in state.items()}
     check_adapter_state_dict(model, state)
     for name, tensor in adapter_state_dict(model).items():
         tensor.copy_(state[name])
