@@ -36,6 +36,9 @@ _ROWS, _NO_ROW = "_snell_rows", -1
 # Attribute of a tensor of such numbers: the different ones among them.
 _SET = "_snell_set"
 
+# Pixels that a model is tried on after those that it names.
+_USUAL = (224, 256, 384, 192, 128, 96, 64, 448, 512)
+
 # Operations that move entries without changing their shape, or into a shape that is given.
 _SAME = {_aten.clone, _aten.contiguous, _aten.detach, _aten.alias, _aten._to_copy, _aten.lift_fresh, _aten.expand_as}
 _RESHAPE = {_aten.view, _aten._unsafe_view, _aten.reshape, _aten._reshape_alias}
@@ -103,7 +106,11 @@ def divide(
         error, seen = _follow(model, name, layers, inputs)
         if error is not None and example is not None:
             raise UserError(f"the model does not run on the example: {type(error).__name__}: {error}") from error
-        found.update({layer: _partition(seen[layer]) for layer in found.keys() & seen if found[layer] is None})
+        for layer in found.keys() & seen:
+            parts = _partition(seen[layer])
+            # A run that ended early may not have come to where a layer is divided.
+            if found[layer] is None and parts is not None and (error is None or len(parts) > 1):
+                found[layer] = parts
         if None not in found.values() or (error is None and not name):
             break
     return found
@@ -132,7 +139,7 @@ def _attempts(
 
 
 def _image_shapes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
-    """Images that the model may take `(channels, height, width)`: by its patch embedding, by its config, the usual."""
+    """Images that the model may take, `(channels, height, width)`: of the sizes that it names, then of usual ones."""
     known = getattr(model, "pretrained_cfg", None) or {}
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if not known and first is None:
@@ -141,7 +148,7 @@ def _image_shapes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
     sizes = [
         next((size for module in model.modules() if (size := getattr(module, "img_size", None)) is not None), None)
     ]
-    sizes += [known.get("input_size"), getattr(getattr(model, "config", None), "image_size", None), 224]
+    sizes += [known.get("input_size"), getattr(getattr(model, "config", None), "image_size", None), *_USUAL]
     for size in sizes:
         if size is not None:
             height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
@@ -154,7 +161,7 @@ def _follow(
     """Run a part of a model on tensors without data.
 
     Returns:
-        What ended the run too early, and what was seen of those of its layers that can be judged by it.
+        What ended the run too early, and what was seen of its layers that were called.
     """
     part = model.get_submodule(name)
     tensors = [*part.parameters(), *part.buffers()]
@@ -183,12 +190,11 @@ def _follow(
             if name:
                 follower.forget(tree_leaves(output))
     except Exception as error:
-        # Whatever a foreign module raises on inputs that were guessed: what is whole holds all the same.
+        # Whatever a foreign module raises on inputs that were guessed.
         failure = error
     finally:
         log.disabled = disabled
-    whole = (name for name, seen in follower.seen.items() if len(frozenset().union(*seen.parts)) == seen.rows)
-    return failure, {name: follower.seen[name] for name in (follower.seen if failure is None else whole)}
+    return failure, follower.seen
 
 
 def _partition(seen: _Seen) -> list[list[int]] | None:
