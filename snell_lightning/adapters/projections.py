@@ -110,7 +110,9 @@ def divide(
             parts = _partition(seen[layer])
             # A run that ended early may not have come to where a layer is divided.
             if found[layer] is None and parts is not None and (error is None or len(parts) > 1):
-                found[layer] = parts
+                # A single weight has nothing to compete with.
+                width: int = layers[layer].weight.shape[1]  # type: ignore[index, assignment]
+                found[layer] = [list(range(seen[layer].rows))] if width == min(map(len, parts)) == 1 else parts
         if None not in found.values() or (error is None and not name):
             break
     return found
