@@ -214,7 +214,7 @@ def test_holds_what_the_table_says(row: Row, caplog: pytest.LogCaptureFixture) -
     model.eval()
     with torch.no_grad():
         tuned = logits(model, images)
-        assert not close(tuned, expected, 1e-2)
+        assert not close(tuned, expected, 2e-3)
         state, frozen = {k: v.clone() for k, v in adapter_state_dict(model).items()}, fingerprint(model)
         for tensor in adapter_state_dict(model).values():
             tensor.zero_()
@@ -223,7 +223,7 @@ def test_holds_what_the_table_says(row: Row, caplog: pytest.LogCaptureFixture) -
         assert torch.equal(logits(model, images), tuned)
         merge(model)
         assert model.state_dict().keys() == plain.state_dict().keys()
-        assert close(logits(model, images), tuned, 1e-3)
+        assert close(logits(model, images), tuned, 5e-4)
 
     # An adapter without a gradient belongs to rows that have none: behind a gate that is shut, a norm of one feature.
     for layer, _ in silent:
