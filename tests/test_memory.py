@@ -146,12 +146,13 @@ class TestStorageTracker:
 
 
 IMAGE = {"test_vit": 32, "test_convnext": 64, "test_byobnet": 64}
+VIT = {"img_size": 32, "depth": 3}
 
 
 def job(backbone: str = "test_vit", **settings: Any) -> Job:
     """A small job."""
     adapter = settings.pop("adapter", SnellConfig(rank=4, recompute="none"))
-    arguments = {"img_size": IMAGE[backbone]} if backbone == "test_vit" else {}
+    arguments = dict(VIT) if backbone == "test_vit" else {}
     return Job(backbone, 10, adapter, image_size=IMAGE[backbone], backbone_args=arguments, **settings)
 
 
@@ -214,7 +215,7 @@ class TestPlanAgainstCount:
         peft = pytest.importorskip("peft")
         config = SnellConfig(rank=4, dropout=dropout)
         subject = job(method="lora", adapter=config)
-        model = create_backbone("test_vit", 10, pretrained=False, img_size=32)
+        model = create_backbone("test_vit", 10, pretrained=False, **VIT)
         names = inject(model, config)
         merge(model)
         own = [parameter for head in heads(model).values() for parameter in head.parameters()]
@@ -249,7 +250,7 @@ def count_peak(model: nn.Module, batch_size: int) -> int:
 class TestPlan:
     def test_its_figures_are_those_of_the_model(self) -> None:
         plan = Planner(job(method="full", adapter=None)).plan(3)
-        model = create_backbone("test_vit", 10, pretrained=False, img_size=32)
+        model = create_backbone("test_vit", 10, pretrained=False, **VIT)
         parameters = list(model.parameters())
         count = sum(p.numel() for p in parameters)
         assert plan.weights == plan.gradients == count * FLOAT
@@ -280,7 +281,7 @@ class TestPlan:
         assert Planner(job()).largest_batch(8 << 20) == expected
 
     def test_no_batch_fits_where_the_weights_do_not(self) -> None:
-        assert Planner(job()).largest_batch(1 << 20) == 0
+        assert Planner(job()).largest_batch(1 << 19) == 0
 
     def test_a_billion_parameters_are_never_allocated(self) -> None:
         planner = Planner(Job("vit_giant_patch14_224", 10, SnellConfig(rank=4)))
@@ -308,7 +309,7 @@ class TestPlan:
 
 def shallow() -> Job:
     """A job of two blocks: to search over settings takes many plans."""
-    return dataclasses.replace(job(), backbone_args={"img_size": 32, "depth": 2})
+    return dataclasses.replace(job(), backbone_args=VIT | {"depth": 2})
 
 
 class TestLevers:
