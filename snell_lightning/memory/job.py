@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, cast_frozen, freeze_all_but_head, inject
+from snell_lightning.adapters.guards import unguard
 from snell_lightning.adapters.recompute import RECOMPUTE
 
 Method = Literal["snell", "full", "linear", "lora"]
@@ -148,6 +149,8 @@ def _inject_lora(model: nn.Module, config: SnellConfig) -> None:
         # The plain layer itself: merging would make every update once.
         lora = LoraLayer(layer._plain[0], layer.config.rank, layer.config.dropout)
         setattr(model.get_submodule(parent), child, lora)
+    # Or the layers that were taken out would live on in what watches them.
+    unguard(model)
 
 
 def _to(model: nn.Module, dtype: torch.dtype) -> None:
