@@ -64,8 +64,8 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
         Names of the adapted layers, in the model's order.
 
     Raises:
-        UserError: There is no layer to adapt, a named one cannot be adapted, a pattern matches nothing, or the model
-            has adapters already or parameters without values.
+        UserError: There is no layer to adapt, a named one cannot be adapted, a pattern matches nothing, the model does
+            not run on the example, or it has adapters already or parameters without values. The model is as it was.
     """
     model = unwrapped(model)
     if any(isinstance(module, SnellLinear) for module in model.modules()):
@@ -76,13 +76,18 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
     targets = find_targets(model, config)
     extra = _extra_parameters(model, config)
 
+    reset = _have_qkv_called(model, targets)
+    try:
+        parts = divide(model, adaptable_layers(model), targets, example)
+    except UserError:
+        for module in reset:
+            setattr(module, _CALLS_QKV, False)
+        raise
+
     head_parameters = {id(parameter) for head in heads(model).values() for parameter in head.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) in head_parameters or name in extra)
     freeze_statistics(model)
-
-    reset = _have_qkv_called(model, targets)
-    parts = divide(model, adaptable_layers(model), targets, example)
     adapted = {
         id(layer): SnellLinear(layer, layer_config(name, config), parts[name] or 1) for name, layer in targets.items()
     }

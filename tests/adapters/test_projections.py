@@ -279,6 +279,13 @@ class TestWhatCannotBeSeen:
         with pytest.raises(UserError, match="the model does not run on the example: RuntimeError"):
             inject(model, SnellConfig(rank=2), example=torch.zeros(1, 4, WIDTH + 1))
         assert not deltas(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    def test_leaves_timms_attention_as_it_was(self) -> None:
+        model = timm.create_model("beit_base_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=2)
+        with pytest.raises(UserError, match="does not run on the example"):
+            inject(model, SnellConfig(rank=2), example=torch.zeros(1, 3, 31, 31))
+        assert model.blocks[0].attn.qkv_bias_separate is False
 
 
 class TestLooking:
