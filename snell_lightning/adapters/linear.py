@@ -122,7 +122,7 @@ class SnellLinear(nn.Module):
         return None if order is None else list(order.split(self._sizes))
 
     def whole_update(self) -> Tensor:
-        """DW `(out, in)` as applied, in fp32; differentiable."""
+        """The updates as one matrix `(out, in)`, as applied, in fp32; differentiable."""
         update = torch.cat([delta.weight() for delta in self.updates])
         order = self._buffers["_order"]
         return update if order is None else update[order.argsort()]

@@ -7,6 +7,7 @@ operand of the model's own attention has a gradient.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -23,7 +24,6 @@ from snell_lightning.adapters import (
     SnellLinear,
     adapter_parameters,
     adapter_state_dict,
-    fingerprint,
     heads,
     inject,
     load_adapter_state_dict,
@@ -215,11 +215,10 @@ def test_holds_what_the_table_says(row: Row, caplog: pytest.LogCaptureFixture) -
     with torch.no_grad():
         tuned = logits(model, images)
         assert not close(tuned, expected, 2e-3)
-        state, frozen = {k: v.clone() for k, v in adapter_state_dict(model).items()}, fingerprint(model)
+        state = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
         for tensor in adapter_state_dict(model).values():
             tensor.zero_()
         load_adapter_state_dict(model, state)
-        assert fingerprint(model) == frozen
         assert torch.equal(logits(model, images), tuned)
         merge(model)
         assert model.state_dict().keys() == plain.state_dict().keys()
@@ -240,4 +239,6 @@ def test_is_refused_with_the_reason_in_the_table(row: Row) -> None:
 def test_the_table_has_all_modules_of_the_timm_it_names() -> None:
     assert len(ROWS) == len({row.module for row in ROWS}) == 98
     if timm.__version__ == "1.0.31":
-        assert {row.module for row in ROWS} == set(timm.list_modules())
+        # Without those that others have registered, as the embedded backbone is.
+        own = {module for module in timm.list_modules() if find_spec(f"timm.models.{module}")}
+        assert {row.module for row in ROWS} == own
