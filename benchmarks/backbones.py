@@ -56,18 +56,17 @@ class Row(NamedTuple):
 
     def described(self, model: nn.Module, names: Iterable[str]) -> "Row":
         """The row of this model, adapted in these layers."""
-        layers = {name: model.get_submodule(name) for name in names}
-        adapted = [layer for layer in layers.values() if isinstance(layer, SnellLinear)]
-        weights = sum(layer.weight.numel() for layer in adapted)
+        layers = {name: layer for name in names if isinstance(layer := model.get_submodule(name), SnellLinear)}
+        weights = sum(layer.weight.numel() for layer in layers.values())
         apart = {id(parameter) for head in heads(model).values() for parameter in head.parameters()}
-        apart |= {id(parameter) for layer in adapted for parameter in layer.deltas.parameters()}
+        apart |= {id(parameter) for layer in layers.values() for parameter in layer.deltas.parameters()}
         total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in apart)
         divided: Counter[str] = Counter()
         for name, layer in layers.items():
-            if len(layer.deltas) > 1:  # type: ignore[arg-type]
+            if len(layer.deltas) > 1:
                 # `attn.qkv`, or the numbered part's name where there is nothing else to tell.
                 last = next(part for part in reversed(name.split(".")) if part not in _PARTS and not part.isdigit())
-                divided[f"{last} in {len(layer.deltas)}"] += 1  # type: ignore[arg-type]
+                divided[f"{last} in {len(layer.deltas)}"] += 1
         return self._replace(
             layers=str(len(layers)),
             share=f"{weights / total:.1%}",

@@ -479,10 +479,9 @@ class _TunedLinear(torch.autograd.Function):
         with full_precision(x.device.type):
             for rule, p, q, rows in plan.updates(factors, dtype):
                 base = weight[rows] if one_product else None
-                part = buffer[rows] if isinstance(rows, slice) else buffer.new_empty(len(rows), buffer.shape[1])
+                part = buffer[rows]
                 taus.append(rule.write(p, q, part, base, plan.scale))
-                if not isinstance(rows, slice):
-                    buffer[rows] = part
+                _put_back(buffer, rows, part)
         with torch.autocast(x.device.type, enabled=False):
             if one_product:
                 bias = None if bias is None else bias.to(x.dtype)
@@ -525,8 +524,8 @@ class _TunedLinear(torch.autograd.Function):
             for ((rule, p, q, rows), tau), base in zip(updates, bases, strict=True):
                 out = buffer[rows] if need_x else None
                 grads += rule.sampled_backward(p, q, tau, grad_y[:, rows], x, kept_rows, out, base, plan.scale)
-                if out is not None and not isinstance(rows, slice):
-                    buffer[rows] = out
+                if out is not None:
+                    _put_back(buffer, rows, out)
         else:
             with torch.autocast(x.device.type, enabled=False):
                 buffer = _product_over(kept_rows, grad_y, x)
@@ -538,8 +537,8 @@ class _TunedLinear(torch.autograd.Function):
                 for ((rule, p, q, rows), tau), base in zip(updates, bases, strict=True):
                     part = buffer[rows]
                     grads += rule.backward(p, q, tau, part, base, plan.scale, rewrite=need_x)
-                    if need_x and not isinstance(rows, slice):
-                        buffer[rows] = part
+                    if need_x:
+                        _put_back(buffer, rows, part)
         grads = [None if grad is None else grad.to(factors[0].dtype) for grad in grads]
 
         grad_x = None
@@ -561,6 +560,12 @@ class _TunedLinear(torch.autograd.Function):
                     grad_x.masked_fill_(entries, 0.0).addmm_(grad_y, weight.to(grad_y.dtype))
                 grad_x = grad_x.view(shape)
         return grad_x, None, grad_weight, grad_bias, None, *grads
+
+
+def _put_back(matrix: Tensor, rows: Rows, part: Tensor) -> None:
+    """Write rows that were taken out of a matrix; those that lie together are a view of it."""
+    if not isinstance(rows, slice):
+        matrix[rows] = part
 
 
 def _product_over(ranges: Sequence[slice], grad_y: Tensor, x: Tensor) -> Tensor:

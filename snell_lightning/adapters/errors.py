@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and how its text lists names."""
 
 from collections.abc import Iterable
 

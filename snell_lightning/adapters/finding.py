@@ -38,6 +38,8 @@ _PLAIN_PRODUCTS = frozenset({"timm.layers.linear.Linear", "timm.layers.conv2d_sa
 _SMALL_SHARE = 0.1
 _DIGITS = "0123456789"
 
+Layer = nn.Linear | nn.Conv2d
+
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:
     """The classifier layers that timm names for a model, by name; empty where there is no such information."""
@@ -46,17 +48,18 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     names = (names,) if isinstance(names, str) else tuple(names)
     modules = dict(model.named_modules())
     found = {name: modules[name] for name in names if name in modules}
-    if not found and hasattr(model, "get_classifier"):
-        classifiers: Any = model.get_classifier()  # type: ignore[operator]
+    get_classifier: Any = getattr(model, "get_classifier", None)
+    if not found and get_classifier is not None:
+        classifiers = get_classifier()
         classifiers = classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
         found = {name: module for name, module in modules.items() if any(module is head for head in classifiers)}
     return found
 
 
-def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, Layer]:
     """The layers to adapt, by name."""
     head_names = tuple(heads(model))
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, Layer] = {}
     left: dict[str, str] = {}
     numbered = numbered_blocks(model)
     matched: set[str] = set()
@@ -102,11 +105,11 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, nn.Module]:
     return layers
 
 
-def _tell_small_share(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def _tell_small_share(model: nn.Module, layers: Mapping[str, Layer]) -> None:
     """Say so where what the default finds is little of the backbone."""
     in_heads = {id(parameter) for head in heads(model).values() for parameter in head.parameters()}
     total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_heads)
-    share = sum(layer.weight.numel() for layer in layers.values()) / total  # type: ignore[operator, misc]
+    share = sum(layer.weight.numel() for layer in layers.values()) / total
     if share < _SMALL_SHARE:
         _log.warning(
             f"the layers that are adapted by default ({len(layers)}) hold {share:.1%} of the backbone's weights; most "
@@ -131,9 +134,10 @@ def why_not_adaptable(module: Any) -> str | None:
     return _why_not_plain(module)
 
 
-def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+def adaptable_layers(model: nn.Module) -> dict[str, Layer]:
     """All layers that could become a `SnellLinear`, by name."""
-    return {name: module for name, module in model.named_modules() if name and why_not_adaptable(module) is None}
+    layers = {name: module for name, module in model.named_modules() if name and isinstance(module, Layer)}
+    return {name: layer for name, layer in layers.items() if why_not_adaptable(layer) is None}
 
 
 def _why_not_plain(layer: nn.Module) -> str | None:

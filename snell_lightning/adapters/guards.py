@@ -7,6 +7,7 @@ layers, exports a model or traces it does the same to all of them at once, and w
 import sys
 from collections.abc import Mapping
 from functools import partial
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from snell_lightning.adapters.errors import UserError, some
+from snell_lightning.adapters.finding import ancestors
 
 # What timm calls to fuse a module's layers for inference.
 _FUSING = ("fuse", "reparameterize", "switch_to_deploy")
@@ -39,11 +41,11 @@ def guard(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         watch, module = _Watch(watched), model.get_submodule(name)
         module.register_forward_pre_hook(watch.before)
         module.register_forward_hook(watch.after)
-    for name, module in model.named_modules():
-        if not name or any(layer.startswith(name + ".") for layer in layers):
-            for method in _FUSING:
-                if hasattr(module, method):
-                    vars(module).update({method: partial(_refuse, method)})
+    for name in {"", *(around for layer in layers for around in ancestors(layer))}:
+        module = model.get_submodule(name)
+        for method in _FUSING:
+            if hasattr(module, method):
+                vars(module).update({method: partial(_refuse, method)})
 
 
 def unguard(model: nn.Module) -> None:
@@ -66,7 +68,7 @@ def refuse_export(x: object) -> None:
 
 def refuse_dropped_gradients() -> None:
     """Raise in a reentrant checkpoint whose inputs need no gradient: it would give none to the adapters inside it."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is CheckpointFunction.forward.__code__:
             inputs = [value for value in frame.f_locals["args"] if isinstance(value, Tensor)]
@@ -76,7 +78,7 @@ def refuse_dropped_gradients() -> None:
                     "before it needs one; pass use_reentrant=False, or use recompute 'blocks'"
                 )
             return
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
 def _refuse(what: str, *args: Any, **kwargs: Any) -> None:

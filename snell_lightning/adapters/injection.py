@@ -7,7 +7,7 @@ layers back. Which parameters are an adapter's is not guessed from their names: 
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -229,7 +229,7 @@ def check_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], wher
             )
 
 
-def _have_qkv_called(model: nn.Module, targets: Mapping[str, nn.Module]) -> set[nn.Module]:
+def _have_qkv_called(model: nn.Module, targets: Iterable[str]) -> set[nn.Module]:
     """Have timm's attention call its layer, where one is a target; the modules whose attribute was changed for that."""
     changed = set()
     for name in targets:

@@ -91,7 +91,7 @@ class SnellLinear(nn.Module):
         refuse_export(x)
         return self._tuned(x)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
     def _tuned(self, x: Tensor) -> Tensor:
         if self.training and not torch.is_grad_enabled():
             refuse_dropped_gradients()

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from snell_lightning.adapters.errors import UserError
-from snell_lightning.adapters.finding import ancestors
+from snell_lightning.adapters.finding import Layer, ancestors
 
 _aten = torch.ops.aten
 # Attribute of a tensor: for each of its entries the row that it came from, or NO_ROW.
@@ -66,6 +66,7 @@ _MOVE = {
     _aten.constant_pad_nd,
 }
 _JOIN = {_aten.cat, _aten.stack}
+_ALL_MOVES = _SAME | _RESHAPE | _MOVE | _JOIN
 _REDUCE = {_aten.sum, _aten.mean, _aten.amax, _aten.amin, _aten.max, _aten.min}
 # Products of activations, as in attention.
 _ATTEND = {_aten.bmm, _aten.baddbmm}
@@ -84,7 +85,7 @@ class _Seen:
 
 
 def divide(
-    model: nn.Module, layers: Mapping[str, nn.Module], wanted: Iterable[str], example: Any = None
+    model: nn.Module, layers: Mapping[str, Layer], wanted: Iterable[str], example: Any = None
 ) -> dict[str, list[list[int]] | None]:
     """For each wanted layer the rows of its projections, that of the lowest row first: one list if it is not fused.
 
@@ -111,7 +112,7 @@ def divide(
             # A run that ended early may not have come to where a layer is divided.
             if found[layer] is None and parts is not None and (error is None or len(parts) > 1):
                 # A single weight has nothing to compete with.
-                width: int = layers[layer].weight.shape[1]  # type: ignore[index, assignment]
+                width = layers[layer].weight.shape[1]
                 found[layer] = [list(range(seen[layer].rows))] if width == min(map(len, parts)) == 1 else parts
         if None not in found.values() or (error is None and not name):
             break
@@ -119,7 +120,7 @@ def divide(
 
 
 def _attempts(
-    model: nn.Module, layers: Mapping[str, nn.Module], found: Mapping[str, Any], example: Any
+    model: nn.Module, layers: Mapping[str, Layer], found: Mapping[str, Any], example: Any
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Parts of the model and what to call them with: the whole on images, then what lies around layers not seen yet."""
     if example is not None:
@@ -132,8 +133,8 @@ def _attempts(
     for name in found:
         for around in reversed(["", *ancestors(name)]):
             # What its first layer takes, the module may take as well.
-            first = next(other for other in layers if other.startswith(around))
-            width: int = layers[first].weight.shape[1]  # type: ignore[index, assignment]
+            first = next(other for other in layers if around in ["", *ancestors(other)])
+            width = layers[first].weight.shape[1]
             for shape in ((1, 16, width), (1, width, 4, 4), (1, 4, 4, width)):
                 if found[name] is None and (around, shape) not in tried:
                     tried.add((around, shape))
@@ -158,7 +159,7 @@ def _image_shapes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
 
 
 def _follow(
-    model: nn.Module, name: str, layers: Mapping[str, nn.Module], inputs: tuple[Any, ...]
+    model: nn.Module, name: str, layers: Mapping[str, Layer], inputs: tuple[Any, ...]
 ) -> tuple[Exception | None, dict[str, _Seen]]:
     """Run a part of a model on tensors without data.
 
@@ -234,9 +235,9 @@ class _Follower(TorchDispatchMode):
         self._names: list[str] = []
         self._starts: list[int] = [0]
 
-    def number(self, name: str, layer: nn.Module) -> Any:
+    def number(self, name: str, layer: Layer) -> Any:
         """A forward hook that numbers a layer's outputs; numbers of different layers differ."""
-        rows: int = layer.weight.shape[0]  # type: ignore[index, assignment]
+        rows = len(layer.weight)
         start = self._starts[-1]
         self._names.append(name)
         self._starts.append(start + rows)
@@ -273,7 +274,7 @@ class _Follower(TorchDispatchMode):
         self, operation: Any, args: tuple[Any, ...], kwargs: Any, operands: Sequence[Tensor], output: Any
     ) -> None:
         results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        if operation in _SAME | _RESHAPE | _MOVE | _JOIN:
+        if operation in _ALL_MOVES:
             for result, numbers in zip(results, _moved(operation, args, kwargs, results), strict=True):
                 setattr(result, _ROWS, numbers)
             return
