@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from snell_lightning.adapters.delta import UpdateRule
+from snell_lightning.adapters.delta import Noise, UpdateRule
 from snell_lightning.memory.trace import Recorder
 
 # Methods that return new tensors, or None, each with a storage of its own.
@@ -29,13 +29,16 @@ class Repeats:
     def booked(self, recorder: Recorder) -> Iterator[None]:
         """Within, calls that were seen before make what they return and book what they would have held meanwhile."""
         originals = {name: getattr(UpdateRule, name) for name in _METHODS}
+        row_ranges = Noise.row_ranges
         for name, original in originals.items():
             setattr(UpdateRule, name, self._book(name, original, recorder))
+        Noise.row_ranges = _all_dropped  # type: ignore[method-assign]
         try:
             yield
         finally:
             for name, original in originals.items():
                 setattr(UpdateRule, name, original)
+            Noise.row_ranges = row_ranges  # type: ignore[method-assign]
 
     def _book(self, name: str, original: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
         def method(rule: UpdateRule, *args: Any, **kwargs: Any) -> Any:
@@ -53,6 +56,11 @@ class Repeats:
             return make()
 
         return method
+
+
+def _all_dropped(noise: Noise, rows: int, samples: int) -> tuple[list[slice], list[slice]]:
+    """The worst case of drop path. To draw is to read numbers, one by one, of tensors that have none."""
+    return ([], [slice(0, rows)]) if noise.drop_path and samples else ([slice(0, rows)], [])
 
 
 def _signature(values: Any) -> Any:
