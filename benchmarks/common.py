@@ -82,6 +82,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": {"type": device.type, "name": _device_name(device)},
         "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
         "threads": torch.get_num_threads(),
+        "threads_wait": os.environ.get("OMP_WAIT_POLICY") or "as OpenMP has it",
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")),
     }

@@ -1,17 +1,25 @@
 """LightningCLI for `ImageClassifier` and `ImageDataModule`: arguments, links between them, and named callbacks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from snell_lightning.adapters import SnellConfig
+from snell_lightning.arguments import tell
 from snell_lightning.callbacks import AdapterCheckpoint, FiniteLoss, PredictionWriter, SnellMonitor
+from snell_lightning.checks import check_trainer_settings, check_training
 from snell_lightning.data import ImageDataModule
 from snell_lightning.help import COMMANDS, PROGRAM, TITLE
+from snell_lightning.launch import adopt, launched, require_agreement
 from snell_lightning.messages import ConfigError
 from snell_lightning.module import ImageClassifier, check_training_settings
+from snell_lightning.runs import CONFIG, Run, root_of
+from snell_lightning.trainer import SnellTrainer
 
 
 class SnellParser(LightningArgumentParser):
@@ -28,26 +36,38 @@ class SnellParser(LightningArgumentParser):
         raise ConfigError(message) from ex
 
 
-class SnellTrainer(Trainer):
-    """Lightning's Trainer with one verb more."""
+class RunConfig(SaveConfigCallback):
+    """Save the resolved config in the run's folder, and give it to the loggers as hyperparameters."""
 
-    def memory(self, model: Any, datamodule: ImageDataModule, budget: str | None = None) -> None:
-        """Plan the memory of a training step, without running one and without loading the backbone.
+    def __init__(self, parser: LightningArgumentParser, config: Any, **_: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
 
-        Prints what one process takes, by phase and by batch size, beside full fine-tuning, LoRA and a linear probe.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out where the file goes, and save it."""
+        # Reading `log_dir` talks to the other processes, so all of them do it here.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        super().setup(trainer, pl_module, stage)
 
-        Args:
-            model: The job, as `SnellCLI` describes it for this verb.
-            datamodule: Its data.
-            budget: Memory to fit into, such as 8GiB: prints the largest batch, and the setting that would help most.
-        """
-        from snell_lightning.memory import parse_bytes, report
-
-        report(model, datamodule.batch_size, None if budget is None else parse_bytes(budget))
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save it, beside that of the run before where one is continued."""
+        path, number = self._folder / CONFIG, 0
+        while path.exists():
+            number += 1
+            path = self._folder / f"{Path(CONFIG).stem}_{number}.yaml"
+        self.parser.save(self.config, path, skip_none=False, multifile=False)
+        if number == 0:
+            settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            for logger in trainer.loggers:
+                logger.log_hyperparams(settings)
 
 
 class SnellCLI(LightningCLI):
     """LightningCLI for `ImageClassifier` and `ImageDataModule`."""
+
+    def __init__(self, *args: Any, continued: Path | None = None, facts: Mapping[str, Any], **kwargs: Any) -> None:
+        self._continued, self._facts = continued, facts
+        self._launch: dict[str, Any] = {}
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -82,6 +102,59 @@ class SnellCLI(LightningCLI):
             self._planned_precision = trainer.precision or "32-true"
             trainer.precision, trainer.accelerator, trainer.devices = None, "cpu", 1
             trainer.num_nodes, trainer.strategy, trainer.logger = 1, "auto", False
+            return
+        trainer = self._get(self.config, "trainer")
+        if trainer.logger is True:
+            trainer.logger = Namespace(class_path="snell_lightning.logger.RunLogger", init_args=Namespace())
+        counts = {key: trainer.get(key) for key in ("accelerator", "devices", "num_nodes", "strategy")}
+        if (line := adopt(counts, launched())) is not None:
+            tell(line)
+        self._launch = {key: value for key, value in counts.items() if trainer.get(key) != value}
+        check_trainer_settings(trainer)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, and say which run this is."""
+        settings = self._get(self.config, "trainer").as_dict()
+        checkpoint = self._get(self.config_init, "checkpoint")
+        if settings["enable_checkpointing"] is False:
+            # Lightning refuses the callback; this way it leaves the adapter alone.
+            checkpoint.adapter_only = True
+            kwargs["enable_checkpointing"] = True
+        trainer = super().instantiate_trainer(**{**self._launch, **kwargs})
+        assert isinstance(trainer, SnellTrainer)
+        if self.subcommand != "memory":
+            require_agreement(trainer.world_size)
+        trainer.prepare(Run(root_of(settings), self._run_name(settings), self._facts, self._continued))
+        return trainer
+
+    def _run_name(self, settings: Mapping[str, Any]) -> str:
+        """The name of the run's folder: as given, and for evaluations with the verb before it."""
+        logger = settings.get("logger")
+        version = logger.get("init_args", {}).get("version") if isinstance(logger, Mapping) else None
+        training = self.subcommand in (None, "fit")
+        if version is None:
+            return "version_*" if training else f"{self.subcommand}_*"
+        named = version if isinstance(version, str) else f"version_{version}"
+        return named if training else f"{self.subcommand}_{named}"
+
+    def before_fit(self) -> None:
+        """Refuse what would fail at the first step or after the first epoch, before there is a folder."""
+        check_training(self.trainer, self.model)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Carry the verb out; afterwards the run is finished, or was stopped by a signal, or failed."""
+        trainer = self.trainer
+        assert isinstance(trainer, SnellTrainer)
+        assert trainer.run is not None
+        try:
+            super()._run_subcommand(subcommand)
+            trainer.run.finish()
+        except (SystemExit, KeyboardInterrupt):
+            if trainer.stopped_by is None:
+                raise
+            raise SystemExit(128 + trainer.stopped_by) from None
+        finally:
+            trainer.run.release()
 
     def _describe(self, _: type, **settings: Any) -> Any:
         from snell_lightning.memory import Job
@@ -101,12 +174,16 @@ class SnellCLI(LightningCLI):
         """A checkpoint's settings were put below the command line's by `arrange_arguments` already."""
 
 
-def run_cli(arguments: Sequence[str], run: bool) -> SnellCLI:
+def run_cli(
+    arguments: Sequence[str], run: bool, continued: Path | None = None, facts: Mapping[str, Any] | None = None
+) -> SnellCLI:
     """Parse arguments and carry them out.
 
     Args:
         arguments: The command line without the program's name, in the order of precedence.
         run: False makes trainer, model and data without running them; `arguments` then starts with no command.
+        continued: Folder of the run that goes on; None for a new run.
+        facts: What to know the run again by.
     """
     # Processes that lightning starts run this process's own command line again, so `sys.argv` stays as it is.
     return SnellCLI(
@@ -121,7 +198,7 @@ def run_cli(arguments: Sequence[str], run: bool) -> SnellCLI:
             "callbacks": [FiniteLoss(), PredictionWriter()],
             "logger": {"class_path": "snell_lightning.logger.RunLogger"},
         },
-        save_config_kwargs={"overwrite": False},
+        save_config_callback=RunConfig,
         parser_kwargs={
             "description": TITLE,
             "prog": PROGRAM,
@@ -130,4 +207,6 @@ def run_cli(arguments: Sequence[str], run: bool) -> SnellCLI:
         auto_configure_optimizers=False,
         run=run,
         args=list(arguments),
+        continued=continued,
+        facts=facts or {},
     )

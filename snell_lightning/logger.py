@@ -1,23 +1,34 @@
-"""The logger a run has by default: lightning's for TensorBoard, with a folder of its own, and arguments by name."""
+"""The loggers that write to the run's folder: curves for TensorBoard, by default, and `metrics.csv`, always."""
 
+import csv
+from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from lightning.fabric.utilities.logger import _convert_params, _flatten_dict, _sanitize_params
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from snell_lightning.runs import claim
 
+# What TensorBoard shows beside the settings of each run, to compare runs by.
+_COMPARED = ("val/acc1", "val/loss", "test/acc1")
+
 
 class RunLogger(TensorBoardLogger):
-    """Write curves for TensorBoard to `save_dir/name/version`.
+    """Write curves for TensorBoard to the run's folder.
 
     Lightning's class takes the arguments of TensorBoard's `SummaryWriter` as `**kwargs`. To find them out, the command
     line would import TensorBoard in order to print a help text or to refuse a config; so they are named here.
 
     Args:
-        save_dir: Where runs go.
+        save_dir: Where runs go, unless `trainer.default_root_dir` says so; `runs` by default.
         name: Folder in it for runs of one name; empty for none.
-        version: Folder of the run, as a name or as N of `version_N`; by default the next free N.
+        version: Name of the run's folder, or N of `version_N`; by default the next free N. One that is taken gets a
+            number behind it.
         log_graph: Add the graph of the model, which then needs an `example_input_array`.
         default_hp_metric: Log a placeholder metric `hp_metric` with the hyperparameters.
         prefix: Put before the names of all values.
@@ -31,11 +42,11 @@ class RunLogger(TensorBoardLogger):
 
     def __init__(
         self,
-        save_dir: str = "runs",
+        save_dir: str | None = None,
         name: str = "",
         version: int | str | None = None,
         log_graph: bool = False,
-        default_hp_metric: bool = True,
+        default_hp_metric: bool = False,
         prefix: str = "",
         sub_dir: str | None = None,
         comment: str = "",
@@ -45,7 +56,7 @@ class RunLogger(TensorBoardLogger):
         filename_suffix: str = "",
     ) -> None:
         super().__init__(
-            save_dir,
+            save_dir or "runs",
             name,
             version,
             log_graph,
@@ -59,9 +70,98 @@ class RunLogger(TensorBoardLogger):
             filename_suffix=filename_suffix,
         )
 
+    def write_to(self, folder: Path) -> None:
+        """Write to a run's folder."""
+        self._root_dir, self._name, self._version = str(folder.parent), "", folder.name
+
     def _get_next_version(self) -> int:
-        """The next free number, taken by making the folder: of runs that start at once, each gets its own."""
-        number = super()._get_next_version()
+        """In a trainer that knows no runs: the next free number, taken by making the folder."""
         # Other processes of this run are told the folder's name by the first.
-        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-        return claim(Path(self.root_dir), number) if first else number
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return super()._get_next_version()
+        return int(claim(Path(self.root_dir), "version_*").name.removeprefix("version_"))
+
+    @rank_zero_only
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, metrics: dict[str, Any] | None = None, step: int | None = None
+    ) -> None:
+        """Note the settings, and which scores to show beside them; the scores themselves come as they are logged."""
+        if metrics is not None or self._default_hp_metric:
+            super().log_hyperparams(params, metrics, step)
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = _sanitize_params(_flatten_dict(_convert_params(params)))
+        writer = self.experiment._get_file_writer()
+        for summary in hparams(settings, dict.fromkeys(_COMPARED, 0.0)):
+            writer.add_summary(summary)
+
+
+class RunMetrics(CSVLogger):
+    """Write everything that is logged to `metrics.csv` in the run's folder.
+
+    A run that is continued keeps the rows up to the step from which it goes on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("", "", "")
+        self._folder = ""
+
+    def write_to(self, folder: Path) -> None:
+        """Write to a run's folder."""
+        self._folder = str(folder)
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder."""
+        return self._folder
+
+    root_dir = save_dir = log_dir
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> _ExperimentWriter:
+        """What writes the file."""
+        if self._experiment is None:
+            self._experiment = _Rows(self._folder)
+        return self._experiment
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
+        """Nothing: the settings are in the run's `config.yaml`."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what has been logged since the last time."""
+        self.experiment.save()
+
+
+class _Rows(_ExperimentWriter):
+    """Lightning's writer, which would delete a file that it finds."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self._started = False
+
+    def _check_log_dir_exists(self) -> None:
+        pass
+
+    def log_metrics(self, metrics_dict: Mapping[str, float], step: int | None = None) -> None:
+        if not self._started:
+            self._started = True
+            self._keep_before(0 if step is None else step)
+        super().log_metrics(dict(metrics_dict), step)
+
+    def _keep_before(self, step: int) -> None:
+        """Drop the rows that the continued run logs again."""
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if int(row["step"]) < step]
+            self.metrics_keys = list(reader.fieldnames or ())
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)

@@ -8,15 +8,18 @@ timm is imported where it is used: the command line needs this class to print a 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import reduce
+from operator import getitem
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -115,6 +118,7 @@ class ImageClassifier(LightningModule):
         self.class_names: tuple[str, ...] | None = None
         self._seen = dict.fromkeys(("train", "val", "test"), 0)
         self.images_read = 0
+        self._schedule: torch.optim.lr_scheduler.LambdaLR | None = None
         self._evaluation = ExitStack()
 
         from snell_lightning.backbones import create_backbone, require_image_size
@@ -190,16 +194,23 @@ class ImageClassifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         """See that there was something to train on."""
         self._require_images("train")
+        self._seen["train"] = 0
 
     def on_validation_start(self) -> None:
-        """From here to the end of the evaluation each update is made once."""
-        self._evaluation.enter_context(updates_made_once(self.model))
+        """From here to the end of the evaluation each update is made once; what is scored has been trained."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._require_images("train")
+        self._start_evaluation()
 
     def on_validation_end(self) -> None:
         """What was made is dropped."""
         self._evaluation.close()
 
-    on_test_start = on_predict_start = on_validation_start
+    def _start_evaluation(self) -> None:
+        """From here to the end of the evaluation each update is made once."""
+        self._evaluation.enter_context(updates_made_once(self.model))
+
+    on_test_start = on_predict_start = _start_evaluation
     on_test_end = on_predict_end = on_validation_end
 
     def on_validation_epoch_end(self) -> None:
@@ -211,6 +222,7 @@ class ImageClassifier(LightningModule):
     def on_test_epoch_end(self) -> None:
         """See that there was something to test on."""
         self._require_images("test")
+        self._seen["test"] = 0
 
     def on_after_backward(self) -> None:
         """Once: every adapter must have a gradient. One that has none is of a layer that the backbone does not use."""
@@ -236,9 +248,34 @@ class ImageClassifier(LightningModule):
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self._logits(images).softmax(-1)
 
+    def logged_names(self) -> list[str]:
+        """Names of what training logs, for callbacks to look at."""
+        scores = self.metrics["val_stage"]["accuracy"]  # type: ignore[index]
+        return ["train/loss", "val/loss", *scores, "lr"]
+
+    def check_optimizer(self) -> None:
+        """Make the optimizer and drop it.
+
+        Raises:
+            UserError: It does not take the parameters, or a setting of its own is out of range.
+        """
+        self._make_optimizer()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        groups = self._parameter_groups()
+        try:
+            optimizer = self.optimizer_factory(groups)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"model.optimizer does not take the parameters that are trained or a setting of its own: {error}"
+            ) from error
+        rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        _check_range("model.optimizer.lr", rate, rate > 0, "above 0")
+        return optimizer
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all that is trained, and a linear warm-up followed by a cosine, stepped every step."""
-        optimizer = self.optimizer_factory(self._parameter_groups())
+        optimizer = self._make_optimizer()
         for group in optimizer.param_groups:
             group["lr"] *= group.pop("lr_scale", 1.0)
             group.pop("param_names", None)
@@ -246,9 +283,9 @@ class ImageClassifier(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-        base = max(group["lr"] for group in optimizer.param_groups)
+        base = max(float(group["lr"]) for group in optimizer.param_groups)
         schedule = warmup_cosine(int(steps), self.warmup, self.warmup_lr / base, self.min_lr / base)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        self._schedule = scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         self._configured = [
             {key: value for key, value in group.items() if key not in ("params", "lr")}
             for group in optimizer.param_groups
@@ -256,9 +293,13 @@ class ImageClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """On resuming, what is configured now beats what the checkpoint's optimizer was configured with."""
-        scheduler = self.lr_schedulers()
-        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        """On resuming, what is configured now beats what the checkpoint's optimizer was configured with.
+
+        Not with a schedule of somebody else's: of a subclass, or of a callback that has put its own in.
+        """
+        scheduler = self._schedule
+        if scheduler is None or all(scheduler is not config.scheduler for config in self.trainer.lr_scheduler_configs):
+            return
         for group, configured in zip(scheduler.optimizer.param_groups, self._configured, strict=True):
             group.update(configured)
         scheduler.base_lrs = [group["initial_lr"] for group in self._configured]
@@ -270,12 +311,16 @@ class ImageClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained tensors only, and say which frozen weights they belong to."""
         trained = {f"model.{name}" for name in adapter_state_dict(self.model)}
-        state = {plain_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
-        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in trained}
+        own = {plain_name(name) for name in self.state_dict()}
+        # Callbacks that average weights add whole models of their own.
+        whole = list(_states(checkpoint, own))
+        for place, state in whole:
+            _put(checkpoint, place, {key: state[name] for name in state if (key := plain_name(name)) in trained})
         data = getattr(self._trainer, "datamodule", None)
         checkpoint["snell"] = {
             "backbone": self.backbone_name,
             "fingerprint": self.frozen_fingerprint,
+            "thinned": [list(place) for place, _ in whole],
             "data": data.settings() if data is not None and hasattr(data, "settings") else {},
         }
 
@@ -304,7 +349,9 @@ class ImageClassifier(LightningModule):
                 f"the checkpoint was made on other frozen weights of {self.backbone_name!r}; use the same ones"
             )
         own = self.state_dict()
-        checkpoint["state_dict"] = {name: state.get(plain_name(name), tensor) for name, tensor in own.items()}
+        for place in made_on.get("thinned", [["state_dict"]]):
+            state = reduce(getitem, place, checkpoint)
+            _put(checkpoint, place, {name: state.get(plain_name(name), tensor) for name, tensor in own.items()})
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup or CutMix of a batch; of an odd batch the last image stays unmixed, since timm mixes in pairs."""
@@ -352,7 +399,6 @@ class ImageClassifier(LightningModule):
     def _require_images(self, split: Literal["train", "val", "test"]) -> None:
         """Raise where no process could read an image of a split."""
         seen = torch.tensor(self._seen[split], device=self.device)
-        self._seen[split] = 0
         # Of the pass that ends, over all processes.
         self.images_read = int(self.trainer.strategy.reduce(seen, reduce_op="sum"))
         if not self.images_read:
@@ -376,6 +422,21 @@ class ImageClassifier(LightningModule):
             if group["weight_decay"] != 0:
                 del group["weight_decay"]
         return [group for group in groups if group["params"]]
+
+
+def _states(tree: Mapping[str, Any], names: set[str]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor]]]:
+    """The models' states in a checkpoint, that is mappings with all of these names, and the keys that lead to them."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            if names <= {plain_name(str(name)) for name in value}:
+                yield (key,), value
+            else:
+                yield from (((key, *place), state) for place, state in _states(value, names))
+
+
+def _put(tree: dict[str, Any], place: Sequence[str], value: Any) -> None:
+    """Replace what nested mappings have at the end of these keys."""
+    reduce(getitem, place[:-1], tree)[place[-1]] = value
 
 
 def _other_classes(model: Sequence[str] | None, data: Sequence[str] | None) -> UserError:

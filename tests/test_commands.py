@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from snell_lightning import cli
+from snell_lightning import arguments, cli
 from snell_lightning.lightning_cli import SnellCLI
 
 ROOT = Path(__file__).parent.parent
@@ -35,8 +35,8 @@ def test_command_shown_is_taken(where: str, command: str, tmp_path: Path, monkey
     shutil.copyfile(ROOT / "configs" / "vit.yaml", run / "config.yaml")
     (run / "adapter.safetensors").touch()
     monkeypatch.chdir(tmp_path)
-    for name in cli._SETTINGS_FROM:
-        monkeypatch.setitem(cli._SETTINGS_FROM, name, lambda path: {"model": {}, "data": {}})
+    for name in arguments._SETTINGS_FROM:
+        monkeypatch.setitem(arguments._SETTINGS_FROM, name, lambda path: {"model": {}, "data": {}})
 
     def stop(self: SnellCLI) -> None:
         raise ParsedError

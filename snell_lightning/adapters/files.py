@@ -7,6 +7,7 @@ weights), and whatever the writer adds, such as `classes` and `normalization`. R
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def save_adapter(
     config: SnellConfig | None,
     backbone: str,
     frozen: str | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
     **metadata: Any,
 ) -> None:
     """Write the trained tensors of a model; a file of that name is replaced only once the new one is whole.
@@ -61,6 +63,7 @@ def save_adapter(
         config: The settings it was injected with; None where only the head is trained.
         backbone: Name by which the backbone can be created again.
         frozen: `fingerprint(model)` where it is known already.
+        tensors: The trained tensors, if they are not those that the model has now.
         **metadata: Further values, anything that JSON can hold.
     """
     values = {
@@ -70,12 +73,13 @@ def save_adapter(
         "fingerprint": frozen or fingerprint(model),
         **metadata,
     }
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
+    trained = adapter_state_dict(model) if tensors is None else tensors
+    written = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, unfinished, metadata={key: json.dumps(value) for key, value in values.items()})
+        save_file(written, unfinished, metadata={key: json.dumps(value) for key, value in values.items()})
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

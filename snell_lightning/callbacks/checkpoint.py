@@ -1,36 +1,45 @@
-"""Checkpoints to resume from, and the adapter file of the best epoch."""
+"""Checkpoints to resume from, and the adapter file of the best score."""
 
+import math
 import random
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from snell_lightning.adapters import save_adapter
+from snell_lightning.adapters import adapter_state_dict, save_adapter
 from snell_lightning.module import ImageClassifier
-from snell_lightning.runs import ADAPTER
+from snell_lightning.runs import ADAPTER, CHECKPOINTS, Run
 
 
 class AdapterCheckpoint(ModelCheckpoint):
-    """Save after each epoch: `last.ckpt`, the best `epoch=N.ckpt`, and at each new best `adapter.safetensors`.
+    """Save `last.ckpt` after each epoch, and at each new best score `adapter.safetensors` and `epoch=N.ckpt`.
+
+    What is scored is what is saved: the adapter's tensors are those that were validated, taken when validation began,
+    whatever they are before and after it (callbacks that average weights exchange them for the time of validation). The
+    files are written when validation ends, in the middle of an epoch too, and then are called `epoch=N-step=M.ckpt`.
 
     Checkpoints hold trained tensors, optimizer, schedule, loops and the state of every process's random generators, and
     no frozen weight. The adapter file stands in the run's folder and is all that is needed to use the result.
 
-    Of epochs that score the same the last one is kept: small validation sets are soon saturated.
+    Of those that score the same the last one is kept: small validation sets are soon saturated.
 
     Args:
         monitor: Logged value that decides what is best; null takes the last epoch as the best.
         mode: Whether the best is the `max` or the `min`.
         dirpath: Folder of the checkpoints; by default `checkpoints` in the run's folder.
-        save_top_k: How many of the best to keep.
-        every_n_epochs: Save after every so many epochs.
+        save_top_k: How many checkpoints of the best to keep.
+        every_n_epochs: Save `last.ckpt` after every so many epochs.
     """
 
     def __init__(
@@ -49,55 +58,95 @@ class AdapterCheckpoint(ModelCheckpoint):
             save_top_k=save_top_k,
             save_last=True,
             every_n_epochs=every_n_epochs,
-            # At the end of the epoch the loops' counters stand where a resumed run goes on.
             save_on_train_epoch_end=True,
         )
         self.adapter_path: Path | None = None
-        self._exported = ""
+        # Without checkpoints, the adapter is what a run leaves.
+        self.adapter_only = False
+        # Of the best: its `score`, where something is monitored, and its `epoch`.
+        self.best: dict[str, Any] | None = None
+        self._own_folder = dirpath is None
+        self._scored: dict[str, Tensor] | None = None
+        self._by_validation = False
+        self._last_step = 0
+        self._strategy: Strategy | None = None
+        self._resumed_from = Path()
+        self._continues = False
         self._random_states: list[dict[str, Any]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out where the files go."""
-        super().setup(trainer, pl_module, stage)
         # Reading `log_dir` talks to the other processes, so all of them do it here.
-        folder = trainer.log_dir or trainer.default_root_dir
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if self._own_folder:
+            self.dirpath = str(folder / CHECKPOINTS)
+        with warnings.catch_warnings():
+            # No file is replaced by one of another run.
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.adapter_path = Path(folder) / ADAPTER
+            self.adapter_path = folder / ADAPTER
+            run: Run | None = getattr(trainer, "run", None)
+            if run is not None and trainer.is_global_zero:
+                run.note(str(self.dirpath))
+            self._continues = run is not None and run.continues
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the random generators the state that a resumed run was stopped with."""
+        """Give the random generators the state that a resumed run was stopped with, and write its adapter so far."""
         super().on_train_start(trainer, pl_module)
         states, self._random_states = self._random_states, None
         if states is not None and len(states) == trainer.world_size:
             _set_random_state(states[trainer.global_rank])
+        assert self.adapter_path is not None
+        if self.best_model_path and trainer.is_global_zero and not self.adapter_path.is_file():
+            # Of the resumed run the adapter lies elsewhere, if it is there still; its best checkpoint has the tensors.
+            saved = torch.load(self.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
+            self._export(trainer, pl_module, {key.removeprefix("model."): value for key, value in saved.items()})
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take the tensors that are about to be scored."""
+        if batch_idx == dataloader_idx == 0 and self._saves(trainer) and trainer.is_global_zero:
+            self._scored = _trained_tensors(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what was scored, if it is the best so far."""
+        if not self._saves(trainer):
+            return
+        assert trainer._results is not None
+        if self.monitor in trainer._results.metrics(on_step=False)["callback"]:
+            self._by_validation = True
+            self._select(trainer, pl_module)
+        self._scored = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save checkpoints, and the adapter if this epoch is the best so far."""
-        super().on_train_epoch_end(trainer, pl_module)
-        # Lightning writes `last.ckpt` only beside a new best; a run must be resumable from any epoch.
-        due = (trainer.current_epoch + 1) % max(1, self._every_n_epochs) == 0
-        if due and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        if self.best_model_path and self.best_model_path != self._exported:
-            self._exported = self.best_model_path
-            if trainer.is_global_zero and isinstance(pl_module, ImageClassifier):
-                self._export(trainer, pl_module)
-
-    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Whether this epoch is among the best. Where one is kept, it is the later of equals, which trained longer."""
-        if super().check_monitor_top_k(trainer, current):
-            return True
-        return self.save_top_k == 1 and current is not None and bool(current == self.best_model_score)
+        """Save `last.ckpt`; where training itself gives the score, what it has led to may be the best so far."""
+        if not self._saves(trainer):
+            return
+        if not self._by_validation and (self.monitor is None or self.monitor in trainer.callback_metrics):
+            self._select(trainer, pl_module)
+        if (trainer.current_epoch + 1) % max(1, self._every_n_epochs) == 0:
+            self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save `last.ckpt` if that has not been done; a trial run (`fast_dev_run`) leaves no file."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            super().on_train_end(trainer, pl_module)
+        """Save the end of training; a trial run (`fast_dev_run`) leaves no file."""
+        if not self._saves(trainer) or trainer.global_step == 0:
+            return
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            # The averages have come into the model just now, and nothing has scored them.
+            self._validate(trainer)
+        if self._last_step != trainer.global_step:
+            self._save_last(trainer)
         # A run that ends before its first validation has no best epoch, and is not to end without an adapter.
-        unselected = not self.best_model_path and trainer.global_step > 0
-        trial = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if unselected and not trial and trainer.is_global_zero and isinstance(pl_module, ImageClassifier):
-            self._export(trainer, pl_module)
+        if self.best is None and trainer.is_global_zero:
+            self._export(trainer, pl_module, _trained_tensors(pl_module), epoch=trainer.current_epoch)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save the step that a signal lets the run stop after."""
+        stopped = isinstance(exception, SIGTERMException) and self._saves(trainer)
+        if stopped and trainer.global_step > self._last_step:
+            self._save_last(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the state of each process's random generators."""
@@ -111,39 +160,115 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the random states until training starts."""
         self._random_states = checkpoint.get("random_states")
+        self._strategy, self._resumed_from = trainer.strategy, Path(trainer.ckpt_path or "").absolute()
+        self._last_step = checkpoint["global_step"]
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether this score is among the best. Where one is kept, it is the later of equals, which trained longer."""
+        if super().check_monitor_top_k(trainer, current):
+            return True
+        return self.save_top_k == 1 and current is not None and bool(current == self.best_model_score)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and what the best is."""
+        return {**super().state_dict(), "best": self.best, "by_validation": self._by_validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Carry the best epoch so far over into the folder of the resumed run; evaluation carries nothing."""
-        if self.adapter_path is None:
+        """Take over the best so far, with its checkpoint; evaluation takes over nothing."""
+        if self.adapter_path is None or self.dirpath is None:
             return
-        best = Path(state_dict["best_model_path"])
-        if state_dict["dirpath"] != self.dirpath and self.dirpath is not None and best.is_file():
-            here = Path(self.dirpath) / best.name
-            adapter = Path(state_dict["dirpath"]).parent / ADAPTER
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-                here.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(best, here)
-                if adapter.is_file():
-                    shutil.copyfile(adapter, self.adapter_path)
-            score = state_dict["best_model_score"]
-            state_dict = {
-                **state_dict,
-                "dirpath": self.dirpath,
-                "best_model_path": str(here),
-                "best_k_models": {} if score is None else {str(here): score},
-                "kth_best_model_path": str(here),
-                "kth_value": state_dict["kth_value"] if score is None else score,
-                "last_model_path": "",
-            }
-        super().load_state_dict(state_dict)
-        self._exported = self.best_model_path
+        here = Path(self.dirpath).absolute()
+        self._by_validation = bool(state_dict.get("by_validation", False))
+        if self._continues and self._resumed_from.parent == here:
+            self.last_model_path = str(here / "last.ckpt")
+        if not state_dict["best_model_path"]:
+            return
+        recorded = Path(state_dict["best_model_path"])
+        # A run that was moved, or is resumed in another folder, has it beside the checkpoint it is resumed from.
+        found = next((path for path in (recorded, self._resumed_from.with_name(recorded.name)) if path.is_file()), None)
+        if found is None:
+            rank_zero_warn(f"the best checkpoint so far, {recorded}, is not there any more: the best is chosen anew")
+            return
+        best = here / recorded.name if self._continues else self._copied(found, here)
+        scores = {str(best): score} if (score := state_dict["best_model_score"]) is not None else {}
+        if self._continues:
+            names = {str(here / Path(path).name): value for path, value in state_dict["best_k_models"].items()}
+            scores |= {path: value for path, value in names.items() if Path(path).is_file()}
+        self.best, self.best_model_path, self.best_model_score = state_dict.get("best"), str(best), score
+        if scores:
+            self.best_k_models = scores
+            worst = max if self.mode == "min" else min
+            self.kth_best_model_path = worst(scores, key=scores.__getitem__)
+            self.kth_value = scores[self.kth_best_model_path]
 
-    def _export(self, trainer: Trainer, module: ImageClassifier) -> None:
+    def _saves(self, trainer: Trainer) -> bool:
+        """Whether this is training, and neither a trial run nor lightning's first look at the validation data."""
+        fits = trainer.state.fn == TrainerFn.FITTING
+        return fits and not trainer.fast_dev_run and not trainer.sanity_checking  # type: ignore[attr-defined]
+
+    def _select(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save adapter and checkpoint if the score is the best so far, or nothing is scored."""
+        candidates = self._monitor_candidates(trainer)
+        score = None if self.monitor is None else float(candidates[self.monitor])
+        if score is not None and not self._beats(trainer, score):
+            better = False
+        else:
+            better = True
+            self.best = {"score": score, "epoch": trainer.current_epoch}
+        if not self.adapter_only:
+            at_end = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+            self.filename = "{epoch}" if at_end else "{epoch}-{step}"
+            self._save_topk_checkpoint(trainer, candidates)
+        if better and trainer.is_global_zero:
+            self._export(trainer, module, self._scored or _trained_tensors(module))
+
+    def _beats(self, trainer: Trainer, score: float) -> bool:
+        """Whether a score is at least as good as the best so far; all processes decide the same."""
+        if math.isnan(score):
+            better = False
+        elif self.best is None or self.best["score"] is None:
+            better = True
+        else:
+            better = score >= self.best["score"] if self.mode == "max" else score <= self.best["score"]
+        return trainer.strategy.reduce_boolean_decision(better)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        if not self.adapter_only:
+            self._last_step = trainer.global_step
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _validate(self, trainer: Trainer) -> None:
+        """Score the model as it is, as lightning's loop does between two steps."""
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        if trainer.enable_validation and sum(loop.max_batches) > 0:
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+
+    def _copied(self, source: Path, folder: Path) -> Path:
+        """A copy of another run's checkpoint in this run's folder, where no file is replaced."""
+        target, number = folder / source.name, 0
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            while target.exists():
+                number += 1
+                target = folder / f"{source.stem}-v{number}{source.suffix}"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        assert self._strategy is not None
+        return self._strategy.broadcast(target)
+
+    def _export(
+        self, trainer: Trainer, module: LightningModule, tensors: dict[str, Tensor], epoch: int | None = None
+    ) -> None:
+        """Write the adapter file."""
+        if not isinstance(module, ImageClassifier):
+            return
         assert self.adapter_path is not None
         data: Any = getattr(trainer, "datamodule", None)
-        values: dict[str, Any] = {"epoch": trainer.current_epoch}
-        if self.monitor is not None and self.best_model_score is not None:
-            values[self.monitor] = float(self.best_model_score)
+        best = self.best or {"score": None, "epoch": epoch}
+        values: dict[str, Any] = {"epoch": best["epoch"]}
+        if self.monitor is not None and best["score"] is not None:
+            values[self.monitor] = best["score"]
         if hasattr(data, "settings"):
             values |= data.settings()
         save_adapter(
@@ -152,11 +277,19 @@ class AdapterCheckpoint(ModelCheckpoint):
             module.adapter_config,
             module.backbone_name,
             frozen=module.frozen_fingerprint,
+            tensors=tensors,
             num_classes=module.num_classes,
             backbone_args=module.backbone_args,
             pretrained=module.pretrained,
             **values,
         )
+
+
+def _trained_tensors(module: LightningModule) -> dict[str, Tensor]:
+    """A copy of what is trained, on the host; of a module of another kind nothing."""
+    if not isinstance(module, ImageClassifier):
+        return {}
+    return {name: tensor.detach().cpu().clone() for name, tensor in adapter_state_dict(module.model).items()}
 
 
 def _random_state() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from snell_lightning.adapters import SnellDelta, deltas
+from snell_lightning.runs import short
 
 _MIB = 2**20
 _MEMORY = ("allocated", "peak", "weights", "gradients", "optimizer", "activations")
@@ -183,10 +184,10 @@ class SnellMonitor(Callback):
     def _summary(self, trainer: Trainer, module: LightningModule) -> Table:
         table = _table("Run finished")
         checkpoint: Any = trainer.checkpoint_callback
-        best = getattr(checkpoint, "best_model_score", None)
-        if best is not None:
-            epoch = Path(checkpoint.best_model_path).stem
-            table.add_row(f"best {checkpoint.monitor}", f"{float(best):.4f}  ({epoch}, selected on validation data)")
+        best = getattr(checkpoint, "best", None)
+        if best is not None and best["score"] is not None:
+            told = f"{best['score']:.4f}  (epoch={best['epoch']}, selected on validation data)"
+            table.add_row(f"best {checkpoint.monitor}", told)
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         total = sum(p.numel() for p in module.parameters())
         table.add_row("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})")
@@ -199,11 +200,11 @@ class SnellMonitor(Callback):
         table.add_row("time", f"{time.perf_counter() - self._started:,.1f} s for {trainer.global_step:,} steps")
         adapter = getattr(checkpoint, "adapter_path", None)
         if adapter is not None and adapter.is_file():
-            table.add_row("adapter", f"{adapter}  ({adapter.stat().st_size / 1000:,.0f} kB)")
+            table.add_row("adapter", f"{short(adapter)}  ({adapter.stat().st_size / 1000:,.0f} kB)")
         if getattr(checkpoint, "last_model_path", ""):
-            table.add_row("to resume", f"--ckpt_path {_short(checkpoint.last_model_path)}")
+            table.add_row("to resume", f"--ckpt_path {short(checkpoint.last_model_path)}")
         if self._log_dir:
-            table.add_row("curves", f"tensorboard --logdir {_short(self._log_dir)}")
+            table.add_row("curves", f"tensorboard --logdir {short(self._log_dir)}")
         return table
 
 
@@ -238,7 +239,7 @@ def _print_scores(trainer: Trainer, module: LightningModule, stage: str) -> None
         table.add_row("right", f"{right:,} of {count:,} images ({split})")
     source = trainer.ckpt_path or module.hparams.get("adapter_file")
     if source:
-        table.add_row("model", _short(str(source)))
+        table.add_row("model", short(str(source)))
     _print(trainer, table)
 
 
@@ -283,12 +284,6 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(
         value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
     )
-
-
-def _short(path: str) -> str:
-    """A path relative to the current folder where it lies below it."""
-    absolute = Path(path).resolve()
-    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
 
 
 class _SavedBytes:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from snell_lightning.adapters import UserError
+from snell_lightning.runs import short
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -68,12 +69,13 @@ class PredictionWriter(BasePredictionWriter):
         Raises:
             UserError: Not one image could be read.
         """
+        assert self.path is not None
         counts = torch.tensor([self.written, self.unreadable], device=pl_module.device)
         written, unreadable = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         if written and written == unreadable:
-            raise UserError(f"none of the {written} images could be read; the reasons are in {self.path}")
+            raise UserError(f"none of the {written} images could be read; the reasons are in {short(self.path)}")
         bad = f", {unreadable:,} unreadable" if unreadable else ""
-        rank_zero_info(f"predictions: {self.path} ({written:,} images{bad})")
+        rank_zero_info(f"predictions: {short(self.path)} ({written:,} images{bad})")
 
     def _write(self, rows: Sequence[tuple], mode: str) -> None:
         assert self.path is not None

@@ -32,7 +32,7 @@ class Repeats:
         row_ranges = Noise.row_ranges
         for name, original in originals.items():
             setattr(UpdateRule, name, self._book(name, original, recorder))
-        Noise.row_ranges = _all_dropped  # type: ignore[method-assign]
+        Noise.row_ranges = _all_dropped  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

@@ -66,7 +66,8 @@ def refused(work: Path, command: Command) -> Callable[..., str]:
 
 Refused = Callable[..., str]
 # What a run has written before it looks into the data or the checkpoint.
-STARTED = ("config.yaml", "hparams.yaml")
+STARTED = (".unfinished", "config.yaml", "hparams.yaml")
+EVALUATED = ("config.yaml", "hparams.yaml")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_b5_evaluating_without_test_images_says_which_splits_there_are(
     skip = ("--data.on_bad_image", "skip")
     assert command("fit", *QUICK, *from_folder("images"), *skip).status == 0
     tuned = ("--config", "runs/version_1/config.yaml")
-    message = refused(verb, *tuned, new=STARTED)
+    message = refused(verb, *tuned, new=EVALUATED)
     assert "has no test images here, but 8 train and 2 val; set data.eval_split to one of these" in message
     done = command(verb, *tuned, "--data.eval_split", "val")
     assert (done.status, done.errors) == (0, [])
@@ -287,7 +288,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_good_checkpoi
     # Two epochs of two steps are done. Step 5 still has the good weights, step 6 those that the huge rate made.
     message = refused(
         *("fit", *QUICK, "--ckpt_path", CHECKPOINT, "--trainer.max_epochs", "4", "--model.optimizer.lr", "1e30"),
-        new=(*STARTED, "epoch=0.ckpt", "epoch=1.ckpt", "adapter.safetensors"),
+        new=(*STARTED, "metrics.csv", "epoch=0.ckpt", "epoch=1.ckpt", "adapter.safetensors"),
     )
     assert "the training loss is not a number at step 6 (epoch 2)" in message
     (good,) = (work / "runs" / "version_1" / "checkpoints").glob("*.ckpt")

@@ -139,7 +139,7 @@ def test_predict_writes_one_line_per_test_image_in_order(work: Path, command: Co
     # The rank is not given: it is the checkpoint's.
     done = command("predict", "--config", "vit.yaml", "--ckpt_path", str(checkpoint), "--data.eval_batch_size", "256")
     assert (done.status, done.errors) == (0, [])
-    with (work / "runs" / "version_1" / "predictions.csv").open(newline="") as file:
+    with (work / "runs" / "predict_0" / "predictions.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
 
     data = ImageDataModule(eval_batch_size=256, augmentation="light")
@@ -189,7 +189,9 @@ def test_validate_gives_the_score_of_the_run(work: Path, command: Command) -> No
 def test_evaluation_leaves_no_checkpoint_and_no_adapter_of_its_own(work: Path, command: Command) -> None:
     done = command("validate", *QUICK, "--ckpt_path", str(best_checkpoint(RUN)))
     assert done.status == 0
-    assert [path for path in (work / "runs" / "version_1").rglob("*") if path.suffix in (".ckpt", ".safetensors")] == []
+    assert [
+        path for path in (work / "runs" / "validate_0").rglob("*") if path.suffix in (".ckpt", ".safetensors")
+    ] == []
 
 
 def test_configs_are_merged_from_left_to_right_and_callbacks_are_set_by_name(work: Path, command: Command) -> None:

@@ -62,7 +62,7 @@ def test_class_folders_are_split_trained_on_and_their_names_saved(here: Path, co
     adapter = ("--model.adapter.rank", "2", "--model.adapter_file", "runs/version_0/adapter.safetensors")
     done = command("predict", "--config", "vit.yaml", *FROM_FOLDER, "--data.root", "photos", *adapter)
     assert (done.status, done.errors) == (0, [])
-    lines = (here / "runs" / "version_1" / "predictions.csv").read_text().splitlines()[1:]
+    lines = (here / "runs" / "predict_0" / "predictions.csv").read_text().splitlines()[1:]
     # A quarter of 60 images, which are drawn one by one.
     assert 5 <= len(lines) <= 25
     for line in lines:

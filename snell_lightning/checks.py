@@ -1,0 +1,61 @@
+"""What is wrong with a run before it starts: told in one line, and no folder is made for it."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+
+from snell_lightning.adapters import UserError
+from snell_lightning.module import ImageClassifier
+
+# Settings that count something, with the least that makes sense.
+_AT_LEAST = {"accumulate_grad_batches": 1, "num_nodes": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 1}
+
+
+def check_trainer_settings(trainer: Mapping[str, Any]) -> None:
+    """Check settings of the trainer that Lightning lets pass and fails on later.
+
+    Raises:
+        UserError: One is out of its range, or leaves no result.
+    """
+    for name, least in _AT_LEAST.items():
+        value = trainer.get(name)
+        if value is not None and value < least:
+            raise UserError(f"trainer.{name} is {value}; expected a whole number of at least {least}")
+    if trainer.get("barebones"):
+        raise UserError(
+            "trainer.barebones trains without checkpoints, curves and progress, so that nothing is left of it; to time "
+            "a run or to try it out, use trainer.fast_dev_run"
+        )
+
+
+def check_training(trainer: Trainer, module: LightningModule) -> None:
+    """Check what training needs: an optimizer that takes the parameters, and callbacks that find their metrics.
+
+    Raises:
+        UserError: Something would fail later.
+    """
+    if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise UserError(
+            "LearningRateFinder sets one constant learning rate, and here it follows a schedule; leave it out and try "
+            "a few values of model.optimizer.lr"
+        )
+    if isinstance(module, ImageClassifier):
+        module.check_optimizer()
+        _check_monitored(trainer, module)
+
+
+def _check_monitored(trainer: Trainer, module: ImageClassifier) -> None:
+    """Raise where a callback waits for a metric that is not logged; callbacks of the user's own may log others."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if any(not type(each).__module__.startswith(("lightning.", "snell_lightning.")) for each in callbacks):
+        return
+    logged = module.logged_names()
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str) and monitor not in logged:
+            near = difflib.get_close_matches(monitor, logged, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"logged are {', '.join(logged)}"
+            raise UserError(f"{type(callback).__name__} monitors {monitor}, which is not logged; {hint}")

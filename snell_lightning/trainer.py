@@ -1,0 +1,117 @@
+"""Lightning's Trainer with a run's folder, clean stops, and one verb more."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from snell_lightning.data import ImageDataModule
+from snell_lightning.logger import RunLogger, RunMetrics
+from snell_lightning.runs import Run
+
+
+class SnellTrainer(Trainer):
+    """Lightning's Trainer with a run's folder, clean stops, and one verb more."""
+
+    run: Run | None = None
+    _run_folder: Path | None = None
+
+    def prepare(self, run: Run) -> None:
+        """Give files a run's folder, which is made when training or evaluation starts, and stop cleanly at signals."""
+        self.run = run
+        self._signal_connector = _StopSignals(self)
+        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._agree_to_stop  # type: ignore[method-assign]
+        if not self.fast_dev_run:  # type: ignore[attr-defined]
+            self.loggers = [*self.loggers, RunMetrics()]
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that the run was stopped by."""
+        return getattr(self._signal_connector, "stopped_by", None)
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether to stop here; a validation amid training is finished first, as its score is of the step before."""
+        return super().received_sigterm and not (self.state.fn == TrainerFn.FITTING and self.validating)
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's folder, whatever the loggers are. As with Lightning's, all processes have to ask."""
+        if self.run is None or self.fast_dev_run:  # type: ignore[attr-defined]
+            return super().log_dir
+        if self._run_folder is None:
+            problem, folder = None, None
+            if self.is_global_zero:
+                try:
+                    folder = self.run.start(can_be_continued=self.state.fn == TrainerFn.FITTING)
+                except Exception as error:
+                    problem = error
+            # Also a failure: the others would wait for ever.
+            problem, folder = self.strategy.broadcast((problem, folder))
+            if problem is not None:
+                raise problem
+            assert folder is not None
+            self._run_folder = folder
+            for logger in self.loggers:
+                if isinstance(logger, (RunLogger, RunMetrics)):
+                    logger.write_to(folder)
+        return str(self._run_folder)
+
+    @property
+    def default_root_dir(self) -> str:
+        """What is kept beside loggers and checkpoints goes to the run's folder too, once there is one."""
+        return super().default_root_dir if self._run_folder is None else str(self._run_folder)
+
+    def memory(self, model: Any, datamodule: ImageDataModule, budget: str | None = None) -> None:
+        """Plan the memory of a training step, without running one and without loading the backbone.
+
+        Prints what one process takes, by phase and by batch size, beside full fine-tuning, LoRA and a linear probe.
+
+        Args:
+            model: The job, as `SnellCLI` describes it for this verb.
+            datamodule: Its data.
+            budget: Memory to fit into, such as 8GiB: prints the largest batch, and the setting that would help most.
+        """
+        from snell_lightning.memory import parse_bytes, report
+
+        report(model, datamodule.batch_size, None if budget is None else parse_bytes(budget))
+
+    def _agree_to_stop(self) -> None:
+        """Between two steps of several processes: one that was told to stop stops all, at the same step.
+
+        Takes the place of Lightning's, which tells the others from within the signal's handler, that is at any moment.
+        """
+        signals = self._signal_connector
+        assert isinstance(signals, _StopSignals)
+        told = torch.tensor(signals.stopped_by or 0, device=self.strategy.root_device)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        if signum := int(told):
+            signals.stopped_by = signum
+            raise SIGTERMException
+
+
+class _StopSignals(_SignalConnector):
+    """On Ctrl-C or SIGTERM the step that runs is finished, and then training stops; a second one stops at once."""
+
+    def __init__(self, trainer: SnellTrainer) -> None:
+        super().__init__(trainer)
+        self.stopped_by: int | None = None
+
+    def register_signal_handlers(self) -> None:
+        """Take over the two signals for as long as the trainer runs."""
+        super().register_signal_handlers()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._register_signal(signum, self._stop)
+
+    def _stop(self, signum: int, _: FrameType | None) -> None:
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt
+        self.stopped_by = signum
+        # Of several processes none leaves alone: they agree between two steps.
+        self.received_sigterm = self.trainer.world_size == 1
