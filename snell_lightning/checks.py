@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from snell_lightning.adapters import UserError
 from snell_lightning.module import ImageClassifier
@@ -41,6 +42,12 @@ def check_training(trainer: Trainer, module: LightningModule) -> None:
         raise UserError(
             "LearningRateFinder sets one constant learning rate, and here it follows a schedule; leave it out and try "
             "a few values of model.optimizer.lr"
+        )
+    averages = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if averages and any(isinstance(part, _BatchNorm) and part.track_running_stats for part in module.modules()):
+        raise UserError(
+            "StochasticWeightAveraging measures the statistics of batch norms anew, and those of this backbone are "
+            "frozen; use lightning.pytorch.callbacks.WeightAveraging or EMAWeightAveraging"
         )
     if isinstance(module, ImageClassifier):
         module.check_optimizer()

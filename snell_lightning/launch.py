@@ -28,8 +28,8 @@ class Launch:
 
     def __str__(self) -> str:
         """For example `torchrun started 4 processes, 2 on each of 2 machines`."""
-        where = f"{self.per_node} on each of {self.nodes} machines" if self.nodes > 1 else "on one machine"
-        return f"{self.launcher} started {self.nodes * self.per_node} process(es), {where}"
+        where = f", {self.per_node} on each of {self.nodes} machines" if self.nodes > 1 else " on one machine"
+        return f"{self.launcher} started {_processes(self.nodes * self.per_node)}{where}"
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
@@ -79,7 +79,7 @@ def adopt(trainer: MutableMapping[str, Any], launch: Launch | None) -> str | Non
         raise UserError(f"{launch}, and trainer.num_nodes is {nodes}; leave it out, or start on {nodes} machines")
     if count is not None and count != launch.per_node:
         raise UserError(
-            f"{launch}, and trainer.devices is {devices}; leave it out, or start {count} process(es) on each machine"
+            f"{launch}, and trainer.devices is {devices}; leave it out, or start {_processes(count)} on each machine"
         )
     _require_devices(trainer.get("accelerator") or "auto", launch)
     found = {"num_nodes": launch.nodes, "devices": launch.per_node}
@@ -113,6 +113,10 @@ def _nodes(launcher: str, world: int, per_node: int) -> int:
     if world % per_node:
         raise UserError(f"{launcher} started {world} processes, {per_node} of them here; start as many on each machine")
     return world // per_node
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _count(devices: Any) -> int | None:

@@ -1,5 +1,6 @@
 """LightningCLI for `ImageClassifier` and `ImageDataModule`: arguments, links between them, and named callbacks."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from snell_lightning.help import COMMANDS, PROGRAM, TITLE
 from snell_lightning.launch import adopt, launched, require_agreement
 from snell_lightning.messages import ConfigError
 from snell_lightning.module import ImageClassifier, check_training_settings
-from snell_lightning.runs import CONFIG, Run, root_of
+from snell_lightning.runs import CONFIG, Run, root_of, short
 from snell_lightning.trainer import SnellTrainer
 
 
@@ -152,6 +153,9 @@ class SnellCLI(LightningCLI):
         except (SystemExit, KeyboardInterrupt):
             if trainer.stopped_by is None:
                 raise
+            run = trainer.run
+            advice = f"; to go on: --resume {short(run.folder)}" if run.folder and run.checkpoints() else ""
+            tell(f"stopped by {signal.Signals(trainer.stopped_by).name}{advice}")
             raise SystemExit(128 + trainer.stopped_by) from None
         finally:
             trainer.run.release()

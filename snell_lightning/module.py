@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import reduce
+from functools import partial, reduce
 from operator import getitem
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,7 +109,7 @@ class ImageClassifier(LightningModule):
         check_training_settings(warmup, layer_decay, label_smoothing, mixup, cutmix)
 
         self.backbone_name, self.adapter_config, self.num_classes = backbone, adapter, num_classes
-        self.optimizer_factory = optimizer
+        self.optimizer_factory = _without_parser(optimizer)
         self.warmup, self.warmup_lr, self.min_lr, self.layer_decay = warmup, warmup_lr, min_lr, layer_decay
         self.label_smoothing = label_smoothing
 
@@ -191,10 +191,13 @@ class ImageClassifier(LightningModule):
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
+    def on_train_epoch_start(self) -> None:
+        """Count the epoch's images."""
+        self._seen["train"] = 0
+
     def on_train_epoch_end(self) -> None:
         """See that there was something to train on."""
         self._require_images("train")
-        self._seen["train"] = 0
 
     def on_validation_start(self) -> None:
         """From here to the end of the evaluation each update is made once; what is scored has been trained."""
@@ -422,6 +425,13 @@ class ImageClassifier(LightningModule):
             if group["weight_decay"] != 0:
                 del group["weight_decay"]
         return [group for group in groups if group["params"]]
+
+
+def _without_parser(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """What makes the optimizer, alone: jsonargparse's holds the parser, and so all that the command line has made."""
+    if isinstance(factory, partial) and len(factory.args) == 2 and isinstance(factory.args[1], type):
+        return partial(factory.args[1], **factory.keywords)
+    return factory
 
 
 def _states(tree: Mapping[str, Any], names: set[str]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor]]]:

@@ -83,6 +83,7 @@ class Run:
     def __post_init__(self) -> None:
         # Whether it goes on in the folder of a run that was stopped.
         self.continues = self.folder is not None
+        self._noted = str(self.root)
 
     def start(self, can_be_continued: bool) -> Path:
         """Take the folder.
@@ -105,10 +106,15 @@ class Run:
 
     def note(self, checkpoints: str | Path) -> None:
         """Write into the mark in which folder the run's checkpoints are."""
+        self._noted = str(Path(checkpoints).absolute())
         if self._mark is not None:
             self._mark.truncate(0)
-            json.dump({**self.facts, "checkpoints": str(Path(checkpoints).absolute())}, self._mark)
+            json.dump({**self.facts, "checkpoints": self._noted}, self._mark)
             self._mark.flush()
+
+    def checkpoints(self) -> set[Path]:
+        """What the run can be continued from."""
+        return _checkpoints(self.folder, {"checkpoints": self._noted}) if self.folder is not None else set()
 
     def finish(self) -> None:
         """There is nothing left to do."""
