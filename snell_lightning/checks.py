@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, StochasticWeightAveraging
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snell_lightning.adapters import UserError
 from snell_lightning.module import ImageClassifier
 
 # Settings that count something, with the least that makes sense.
-_AT_LEAST = {"accumulate_grad_batches": 1, "num_nodes": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 1}
+_AT_LEAST_ONE = ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps")
+# Settings of which zero means that nothing is trained.
+_NOTHING = ("max_epochs", "max_steps", "limit_train_batches")
 
 
 def check_trainer_settings(trainer: Mapping[str, Any]) -> None:
@@ -21,10 +23,10 @@ def check_trainer_settings(trainer: Mapping[str, Any]) -> None:
     Raises:
         UserError: One is out of its range, or leaves no result.
     """
-    for name, least in _AT_LEAST.items():
+    for name in _AT_LEAST_ONE:
         value = trainer.get(name)
-        if value is not None and value < least:
-            raise UserError(f"trainer.{name} is {value}; expected a whole number of at least {least}")
+        if value is not None and value < 1:
+            raise UserError(f"trainer.{name} is {value}; expected a whole number of at least 1")
     if trainer.get("barebones"):
         raise UserError(
             "trainer.barebones trains without checkpoints, curves and progress, so that nothing is left of it; to time "
@@ -38,12 +40,23 @@ def check_training(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         UserError: Something would fail later.
     """
-    if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for name in _NOTHING:
+        if getattr(trainer, name) == 0:
+            raise UserError(f"trainer.{name} is 0: nothing would be trained")
+    if trainer.max_epochs == trainer.max_steps == -1:
+        raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+    if any(isinstance(callback, BaseFinetuning) for callback in callbacks):
+        raise UserError(
+            "callbacks that freeze and unfreeze layers are for full fine-tuning: here the backbone stays frozen, and "
+            "model.adapter says what is trained; leave them out"
+        )
+    if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
         raise UserError(
             "LearningRateFinder sets one constant learning rate, and here it follows a schedule; leave it out and try "
             "a few values of model.optimizer.lr"
         )
-    averages = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    averages = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks)
     if averages and any(isinstance(part, _BatchNorm) and part.track_running_stats for part in module.modules()):
         raise UserError(
             "StochasticWeightAveraging measures the statistics of batch norms anew, and those of this backbone are "

@@ -116,7 +116,7 @@ class ImageClassifier(LightningModule):
         self.backbone_args, self.pretrained = backbone_args or {}, pretrained
         # Class names, and what else is known of the data that the weights were tuned on.
         self.class_names: tuple[str, ...] | None = None
-        self._seen = dict.fromkeys(("train", "val", "test"), 0)
+        self._seen: dict[str, int | None] = dict.fromkeys(("train", "val", "test"))
         self.images_read = 0
         self._schedule: torch.optim.lr_scheduler.LambdaLR | None = None
         self._evaluation = ExitStack()
@@ -178,7 +178,7 @@ class ImageClassifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""
         images, labels = batch
-        self._seen["train"] += len(images)
+        self._seen["train"] = (self._seen["train"] or 0) + len(images)
         if len(images) == 0:
             # Every image was unreadable: no gradient, but this process stays in step with the others.
             loss = self(images.new_zeros(1, *images.shape[1:])).sum() * 0
@@ -192,8 +192,8 @@ class ImageClassifier(LightningModule):
         return loss
 
     def on_train_epoch_start(self) -> None:
-        """Count the epoch's images."""
-        self._seen["train"] = 0
+        """Count the epoch's images. A run that is resumed at an epoch's end has no step left in it."""
+        self._seen["train"] = None
 
     def on_train_epoch_end(self) -> None:
         """See that there was something to train on."""
@@ -220,12 +220,12 @@ class ImageClassifier(LightningModule):
         """See that there was something to validate on, but for lightning's first look at a batch or two."""
         if not self.trainer.sanity_checking:
             self._require_images("val")
-        self._seen["val"] = 0
+        self._seen["val"] = None
 
     def on_test_epoch_end(self) -> None:
         """See that there was something to test on."""
         self._require_images("test")
-        self._seen["test"] = 0
+        self._seen["test"] = None
 
     def on_after_backward(self) -> None:
         """Once: every adapter must have a gradient. One that has none is of a layer that the backbone does not use."""
@@ -375,7 +375,7 @@ class ImageClassifier(LightningModule):
 
     def _evaluate(self, stage: Literal["val", "test"], batch: Batch) -> None:
         images, labels = batch
-        self._seen[stage] += len(images)
+        self._seen[stage] = (self._seen[stage] or 0) + len(images)
         logits = self._logits(images)
         metrics: Any = self.metrics[f"{stage}_stage"]
         if len(images):
@@ -401,7 +401,9 @@ class ImageClassifier(LightningModule):
 
     def _require_images(self, split: Literal["train", "val", "test"]) -> None:
         """Raise where no process could read an image of a split."""
-        seen = torch.tensor(self._seen[split], device=self.device)
+        if (images := self._seen[split]) is None:
+            return
+        seen = torch.tensor(images, device=self.device)
         # Of the pass that ends, over all processes.
         self.images_read = int(self.trainer.strategy.reduce(seen, reduce_op="sum"))
         if not self.images_read:

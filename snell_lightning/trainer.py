@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from snell_lightning.adapters import UserError
 from snell_lightning.data import ImageDataModule
 from snell_lightning.logger import RunLogger, RunMetrics
 from snell_lightning.runs import Run
@@ -29,6 +30,8 @@ class SnellTrainer(Trainer):
         self.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._agree_to_stop  # type: ignore[method-assign]
         if not self.fast_dev_run:  # type: ignore[attr-defined]
             self.loggers = [*self.loggers, RunMetrics()]
+            # Until there is a folder nobody is to make one by asking for its name.
+            self._write_to(run.root / run.name)
 
     @property
     def stopped_by(self) -> int | None:
@@ -46,27 +49,35 @@ class SnellTrainer(Trainer):
         if self.run is None or self.fast_dev_run:  # type: ignore[attr-defined]
             return super().log_dir
         if self._run_folder is None:
-            problem, folder = None, None
+            problem, folder, continued = None, None, self.run.folder
             if self.is_global_zero:
                 try:
                     folder = self.run.start(can_be_continued=self.state.fn == TrainerFn.FITTING)
                 except Exception as error:
                     problem = error
             # Also a failure: the others would wait for ever.
-            problem, folder = self.strategy.broadcast((problem, folder))
+            problem, folder, first = self.strategy.broadcast((problem, folder, continued))
             if problem is not None:
                 raise problem
+            if continued != first:
+                raise UserError(
+                    f"process {self.global_rank} is to go on with {continued or 'no run'}, and the first with "
+                    f"{first or 'none'}; runs must be in a folder that all machines share"
+                )
             assert folder is not None
             self._run_folder = folder
-            for logger in self.loggers:
-                if isinstance(logger, (RunLogger, RunMetrics)):
-                    logger.write_to(folder)
+            self._write_to(folder)
         return str(self._run_folder)
 
     @property
     def default_root_dir(self) -> str:
         """What is kept beside loggers and checkpoints goes to the run's folder too, once there is one."""
         return super().default_root_dir if self._run_folder is None else str(self._run_folder)
+
+    def _write_to(self, folder: Path) -> None:
+        for logger in self.loggers:
+            if isinstance(logger, (RunLogger, RunMetrics)):
+                logger.write_to(folder)
 
     def memory(self, model: Any, datamodule: ImageDataModule, budget: str | None = None) -> None:
         """Plan the memory of a training step, without running one and without loading the backbone.
