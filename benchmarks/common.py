@@ -17,6 +17,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# How OpenMP's threads wait for work.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 PACKAGES = ("torch", "timm", "peft", "matplotlib")
 
 T = TypeVar("T")
@@ -82,7 +84,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": {"type": device.type, "name": _device_name(device)},
         "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
         "threads": torch.get_num_threads(),
-        "threads_wait": os.environ.get("OMP_WAIT_POLICY") or "as OpenMP has it",
+        "threads_wait": {name: value for name, value in os.environ.items() if name in _WAITING} or "OpenMP's default",
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")),
     }

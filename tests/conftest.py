@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from snell_lightning.waiting import wait_asleep
+from snell_lightning.waiting import spin_briefly
 
 # Here, before torch is loaded, and in every process that a test starts.
-wait_asleep()
+spin_briefly()
 
 # Imported first, as on the command line: Python keeps one object for `int | float` and `float | int`, that of the
 # module that wrote it first, and it decides whether a 4 in a config is parsed as 4 or as 4.0.

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snell_lightning.adapters import UserError
 from snell_lightning.backbones import create_backbone, data_config, require_image_size
+from snell_lightning.memory.cut import Cut
 from snell_lightning.memory.job import WHOLE, Job, adapt, forward_context, levers
 from snell_lightning.memory.repeat import Repeats
 from snell_lightning.memory.trace import AffineTrace, Plan, Recorder, Trace, read_number
@@ -174,6 +175,8 @@ class _Subject:
                 self.model = adapt(model, job)
                 self._trained = [p for p in self.model.parameters() if p.requires_grad]
                 self.optimizer = job.optimizer(self._trained)
+        cut = Cut(self.model)
+        self._cut = cut if fake is not None and cut.leaves_out else None
 
     def trace(self, batch_size: int) -> Trace:
         """Run one step and record it. It starts with the gradients and the state that another step left."""
@@ -184,9 +187,15 @@ class _Subject:
             with self._mode, torch.random.fork_rng(devices=[]):
                 if self._fake is None:
                     self._record(batch_size)
-                    return self._record(batch_size)
+                    trace = self._record(batch_size)
+                    assert trace is not None
+                    return trace
                 self._pretend_a_step()
                 trace = self._record(batch_size)
+                if trace is None:
+                    # Not to be told from a part of it.
+                    self._cut = None
+                    return self.trace(batch_size)
                 if len(self._gradients()) < len(self._trained):
                     # Something trained takes no part in the loss.
                     self._trained = [p for p in self._trained if p.grad is not None]
@@ -204,7 +213,7 @@ class _Subject:
         if not self.optimizer.state:
             self.optimizer.step()
 
-    def _record(self, batch_size: int) -> Trace:
+    def _record(self, batch_size: int) -> Trace | None:
         whole = WHOLE.get(self.job.precision, torch.float32)
         images = torch.zeros(batch_size, *self._shape, dtype=whole)
         labels = torch.zeros(batch_size, dtype=torch.long)
@@ -213,7 +222,12 @@ class _Subject:
         recorder.add_as("gradients", self._gradients())
         recorder.add_as("optimizer", self._state())
         recorder.add_as("images", [images, labels])
-        with recorder, nullcontext() if self._fake is None else _REPEATS.booked(recorder):
+        cut = self._cut
+        with (
+            recorder,
+            nullcontext() if self._fake is None else _REPEATS.booked(recorder),
+            nullcontext() if cut is None else cut.applied(recorder),
+        ):
             # The loss scaling of fp16 makes no tensor of any size.
             with forward_context(self.job.precision):
                 loss = F.cross_entropy(self.model(images), labels)
@@ -221,12 +235,14 @@ class _Subject:
             recorder.classify("activations")
             self.optimizer.zero_grad()
             loss.backward()
+            if cut is not None:
+                cut.fill_gradients(recorder)
             recorder.end("backward")
             recorder.classify("gradients", self._gradients())
             self.optimizer.step()
             recorder.end("step")
             recorder.classify("optimizer", self._state())
-        return recorder.trace()
+        return recorder.trace() if cut is None else cut.whole(recorder.trace())
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -102,6 +102,15 @@ class Recorder(StorageTracker):
             if self._kinds[serial] == "temporaries":
                 self._kinds[serial] = kind
 
+    @property
+    def deltas(self) -> Sequence[int]:
+        """The changes so far."""
+        return self._deltas
+
+    def serial(self, tensor: Tensor) -> int:
+        """The number of a tensor's storage."""
+        return self._serials[tensor.untyped_storage()._cdata]
+
     def mark(self) -> tuple[int, int]:
         """A point to go back to with `forget`."""
         return len(self._deltas), len(self._kinds)
