@@ -16,7 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from snell_lightning.adapters import SnellConfig, UserError, heads, inject, merge
 from snell_lightning.adapters.delta import UpdateRule
 from snell_lightning.backbones import create_backbone
-from snell_lightning.memory import Job, Phase, Plan, Planner, StorageTracker, levers, measure, parse_bytes, report
+from snell_lightning.memory import (
+    Job,
+    Phase,
+    Plan,
+    Planner,
+    StorageTracker,
+    levers,
+    measure,
+    parse_bytes,
+    planner,
+    report,
+)
 from snell_lightning.memory.planner import best_lever
 
 FLOAT = 4
@@ -391,3 +402,44 @@ class TestParseBytes:
         with pytest.raises(UserError) as caught:
             parse_bytes(text)
         assert "\n" not in str(caught.value)
+
+
+class TestCut:
+    """Blocks that are left out are planned as if they had been run."""
+
+    @staticmethod
+    def plans(job: Job, cut: bool) -> tuple[list[Plan], bool]:
+        subject = planner._Subject(job, FakeTensorMode(allow_non_fake_inputs=True))
+        if not cut:
+            subject._cut = None
+        return [subject.trace(size).plan(size) for size in (1, 3)], subject._cut is not None
+
+    @pytest.mark.parametrize("method", ["snell", "full", "lora", "linear"])
+    @pytest.mark.parametrize(
+        ("backbone", "arguments"),
+        [
+            ("test_vit", {"img_size": 32, "depth": 7}),
+            ("test_convnext", {"depths": (1, 1, 6, 1)}),
+            # The first one has no path to drop.
+            ("test_vit", {"img_size": 32, "depth": 8, "drop_path_rate": 0.1}),
+        ],
+    )
+    def test_the_plan_is_that_of_the_whole_model(self, backbone: str, arguments: dict, method: Any) -> None:
+        job = Job(backbone, 10, SnellConfig(rank=4, dropout=0.1), method, backbone_args=arguments)
+        plans, used = self.plans(job, cut=True)
+        # Where nothing is kept for backward a block may free what it was given at another place.
+        assert used or method == "linear"
+        assert plans == self.plans(job, cut=False)[0]
+
+    @pytest.mark.parametrize("recompute", ["none", "blocks"])
+    def test_also_where_backward_runs_blocks_again(self, recompute: Any) -> None:
+        adapter = SnellConfig(rank=4, drop_path=0.1, recompute=recompute)
+        job = Job("test_vit", 10, adapter, precision="bf16-mixed", backbone_args={"img_size": 32, "depth": 7})
+        plans, used = self.plans(job, cut=True)
+        assert used
+        assert plans == self.plans(job, cut=False)[0]
+
+    def test_blocks_that_differ_are_run(self) -> None:
+        adapter = SnellConfig(rank=4, rank_pattern={r"blocks\.3\.": 8})
+        job = Job("test_vit", 10, adapter, backbone_args={"img_size": 32, "depth": 7})
+        assert self.plans(job, cut=True)[1] is False

@@ -5,8 +5,8 @@
     forward     a  b  (b ... b)  z    what b did is written down once more for each block left out, with storages
     backward    z  (b ... b)  b  a    of its own; where b meets its neighbours, the copies meet theirs
 
-This is exact where a, b and z did the same, event by event, and where nothing of b outlives its own part of the step but
-gradients; otherwise all blocks are run. Gradients, optimizer state and weights of the blocks left out are there anyway.
+This is exact where a, b and z did the same, event by event, and where nothing of b outlives its own part of the step
+but gradients; otherwise all blocks are run. Weights and optimizer state of the blocks left out are there anyway.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -59,22 +59,22 @@ class Cut:
     @contextmanager
     def applied(self, recorder: Recorder) -> Iterator[None]:
         """Within, the blocks are left out, and it is noted where the others begin and end."""
-        before: list[tuple[nn.Module, Any]] = []
+        before: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         for row in self._rows:
             row.forward, row.backward, row.usual = [], {}, True
             for place, block in enumerate(row.kept):
                 before.append((block, vars(block).get("forward")))
-                block.forward = _watched(block.forward, row, place, recorder)  # type: ignore[method-assign]
+                block.forward = _watched(block.forward, row, place, recorder)
             for block in row.left_out:
                 before.append((block, vars(block).get("forward")))
-                block.forward = _passed_on  # type: ignore[method-assign, assignment]
+                block.forward = _passed_on
         try:
             yield
         finally:
             for block, forward in before:
                 del block.forward
                 if forward is not None:
-                    block.forward = forward  # type: ignore[method-assign]
+                    block.forward = forward
 
     def fill_gradients(self, recorder: Recorder) -> None:
         """After backward: give the blocks left out the gradients that they would have."""
@@ -111,9 +111,7 @@ def _passed_on(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
 
-def _watched(
-    forward: Callable[..., Any], row: _Row, place: int, recorder: Recorder
-) -> Callable[..., Any]:
+def _watched(forward: Callable[..., Any], row: _Row, place: int, recorder: Recorder) -> Callable[..., Any]:
     """A block's forward, which notes where it begins, and where its backward has come to its input."""
 
     def note(tensor: Any, key: int) -> None:
@@ -295,7 +293,8 @@ def _built(module: nn.Module) -> Any:
     settings = {
         name: bool(value) if name in _RATES else repr(value) if is_dataclass(value) else value
         for name, value in vars(module).items()
-        if name not in _NAMES and (isinstance(value, (bool, int, float, str, tuple, torch.dtype)) or is_dataclass(value))
+        if name not in _NAMES
+        and (isinstance(value, (bool, int, float, str, tuple, torch.dtype)) or is_dataclass(value))
     }
     tensors = [
         (name, None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad))

@@ -37,8 +37,9 @@ from snell_lightning.memory.trace import AffineTrace, Plan, Recorder, Trace, rea
 
 # Tensors up to so many elements are made with data while a model is built: constructors read some of them.
 _SMALL = 4096
-# Between these batch sizes a step is computed from the two; a batch of one is special to many operations.
-_FEW, _MANY = 2, 256
+# Between one of the first and the last a step is computed from the two. A batch of one is special to many operations,
+# and some make less room for a few rows than for many.
+_FEW, _MANY = (4, 32), 256
 # No search goes beyond.
 _MOST = 1 << 20
 # Of all planners: what one has seen serves the others.
@@ -61,6 +62,8 @@ class Planner:
         self.job = job
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._traces: dict[int, Trace] = {}
+        # The smallest batch size that a step is computed for.
+        self._few = _FEW[0]
 
     def plan(self, batch_size: int) -> Plan:
         """The plan for a batch size of at least 1, from running the step on fake tensors."""
@@ -75,7 +78,9 @@ class Planner:
 
         Exact with respect to `plan`: the batch found fits, and the next one does not.
         """
-        low = self._affine.largest_batch(budget, _MOST) if self._affine else _FEW
+        low = self._affine.largest_batch(budget, _MOST) if self._affine else _FEW[0]
+        if self._affine and self._few <= low < _MANY:
+            return low
         if low < 1 or not self._fits(low, budget):
             high, low = max(low, 1), 0
         elif low >= _MOST or not self._fits(low + 1, budget):
@@ -97,7 +102,7 @@ class Planner:
         return self._affine.largest_batch(budget, _MOST) if self._affine else self.largest_batch(budget)
 
     def _at(self, batch_size: int) -> Plan:
-        if _FEW < batch_size < _MANY and batch_size not in self._traces and self._affine:
+        if _FEW[0] < batch_size < _MANY and batch_size not in self._traces and self._affine and self._few <= batch_size:
             return self._affine.at(batch_size).plan(batch_size)
         return self.plan(batch_size)
 
@@ -106,7 +111,11 @@ class Planner:
 
     @cached_property
     def _affine(self) -> "AffineTrace | None":
-        return AffineTrace.through({size: self._trace(size) for size in (_FEW, _MANY)})
+        for self._few in _FEW:
+            affine = AffineTrace.through({size: self._trace(size) for size in (self._few, _MANY)})
+            if affine is not None:
+                return affine
+        return None
 
     @cached_property
     def _subject(self) -> "_Subject":
@@ -207,7 +216,7 @@ class _Subject:
                 gc.enable()
 
     def _pretend_a_step(self) -> None:
-        """Make the gradients and the state of a step without running its forward and backward."""
+        """Make the gradients and the state that a step leaves, without running its forward and backward."""
         for parameter in self._trained:
             parameter.grad = torch.empty_like(parameter)
         if not self.optimizer.state:

@@ -16,7 +16,7 @@ from snell_lightning.adapters.delta import Noise, UpdateRule
 from snell_lightning.memory.trace import Recorder
 
 # Methods that return new tensors, or None, each with a storage of its own.
-_METHODS = ("write", "backward")
+_METHODS = ("write", "backward", "sampled_backward")
 
 
 class Repeats:
@@ -67,7 +67,7 @@ def _signature(values: Any) -> Any:
     """Arguments as far as memory goes, to be looked up by."""
     items = values.items() if isinstance(values, dict) else enumerate(values)
     return tuple(
-        (name, (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value)
+        (name, (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else repr(value))
         for name, value in items
     )
 

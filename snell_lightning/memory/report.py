@@ -11,7 +11,9 @@ from snell_lightning.memory.planner import Planner, best_lever
 from snell_lightning.memory.trace import Plan
 
 _MIB, _GIB = 2**20, 2**30
-_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_BATCHES = (4, 8, 16, 32, 64, 128, 256)
+# A step of fewer images is a plan of its own: made where that is what fits.
+_FEWER = (1, 2)
 _NOTE = (
     "Planned without running: tensors of one training step on one device. Not counted: what an allocator rounds up and "
     "caches, a GPU's context, workspaces of libraries."
@@ -90,8 +92,11 @@ def _by_batch(planners: Sequence[Planner], budget: int | None) -> Table:
     table.add_column("batch", justify="right")
     for planner in planners:
         table.add_column(planner.job.label, justify="right")
-    peaks = [[plan.peak for plan in planner.plans(_BATCHES)] for planner in planners]
-    for batch_size, row in zip(_BATCHES, zip(*peaks, strict=True), strict=True):
+    sizes: tuple[int, ...] = _BATCHES
+    if budget is not None and planners[0].plans(sizes[:1])[0].peak > budget:
+        sizes = _FEWER + sizes
+    peaks = [[plan.peak for plan in planner.plans(sizes)] for planner in planners]
+    for batch_size, row in zip(sizes, zip(*peaks, strict=True), strict=True):
         if budget is not None and min(row) > budget:
             break
         fits = [budget is None or peak <= budget for peak in row]
