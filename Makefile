@@ -10,7 +10,7 @@ install:  ## Install the package with all that development needs
 	$(PYTHON) -m pip install -e '.[dev,bench]'
 
 test:  ## Run the tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 style:  ## Format and lint
 	$(PYTHON) -m ruff format .

@@ -71,8 +71,14 @@ class SnellTrainer(Trainer):
 
     @property
     def default_root_dir(self) -> str:
-        """What is kept beside loggers and checkpoints goes to the run's folder too, once there is one."""
-        return super().default_root_dir if self._run_folder is None else str(self._run_folder)
+        """What is kept beside loggers and checkpoints goes to the run's folder too.
+
+        Until there is one this is a folder that does not exist: under SLURM, Lightning looks into it for a checkpoint
+        to go on from, and would find another job's.
+        """
+        if self.run is None:
+            return super().default_root_dir
+        return str(self._run_folder or self.run.root / ".none")
 
     def _write_to(self, folder: Path) -> None:
         for logger in self.loggers:

@@ -57,4 +57,4 @@ def test_ci_finds_both_commands_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = dict(re.findall(r"<!-- ci: (\w+) -->\n```bash\n(.*?)\n```", text, flags=re.DOTALL))
     assert blocks["job"] == "pip install -e . && python -m snell_lightning fit --config vit.yaml"
-    assert blocks["test"] == "pip install -e '.[test]' && pytest"
+    assert blocks["test"] == "pip install -e '.[test]' && pytest -n 2 --dist loadfile"

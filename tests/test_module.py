@@ -454,3 +454,17 @@ def test_validation_between_epochs_leaves_training_as_it_is(precision: str, reco
 
     for one, other in zip(trained(True), trained(False), strict=True):
         assert torch.equal(one, other)
+
+
+def test_d12_a_subclass_may_have_a_schedule_of_its_own(tmp_path: Path) -> None:
+    class Stepped(ImageClassifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+    torch.manual_seed(0)
+    module = Stepped(backbone="test_vit", pretrained=False, num_classes=4, adapter=SMALL)
+    run = trainer(tmp_path, max_epochs=2, max_steps=-1)
+    run.fit(module, DataLoader([batch(4)], batch_size=None))
+    assert run.global_step == 2
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.025

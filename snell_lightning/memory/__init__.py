@@ -8,7 +8,7 @@ report    prints plans side by side
 """
 
 from snell_lightning.memory.job import Job, levers
-from snell_lightning.memory.planner import Planner, best_lever, measure, parse_bytes
+from snell_lightning.memory.planner import Planner, measure, parse_bytes
 from snell_lightning.memory.report import report
 from snell_lightning.memory.trace import Plan
 from snell_lightning.memory.tracker import Phase, StorageTracker
@@ -19,7 +19,6 @@ __all__ = [
     "Plan",
     "Planner",
     "StorageTracker",
-    "best_lever",
     "levers",
     "measure",
     "parse_bytes",

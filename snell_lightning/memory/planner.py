@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from snell_lightning.adapters import UserError
 from snell_lightning.backbones import create_backbone, data_config, require_image_size
 from snell_lightning.memory.cut import Cut
-from snell_lightning.memory.job import WHOLE, Job, adapt, forward_context, levers
+from snell_lightning.memory.job import WHOLE, Job, adapt, forward_context
 from snell_lightning.memory.repeat import Repeats
 from snell_lightning.memory.trace import AffineTrace, Plan, Recorder, Trace, read_number
 
@@ -130,15 +130,6 @@ class Planner:
 def measure(job: Job, batch_size: int) -> Plan:
     """What `Planner.plan` plans, counted on a step that is really run, on the CPU and with random weights."""
     return _Subject(job, None).trace(batch_size).plan(batch_size)
-
-
-def best_lever(job: Job, budget: int) -> tuple[str, int] | None:
-    """The one setting more that allows the largest batch within `budget` bytes, and that batch; None if none is left"""
-    planners = {setting: Planner(changed) for setting, changed in levers(job).items()}
-    if not planners:
-        return None
-    best = max(planners, key=lambda setting: planners[setting].likely_largest_batch(budget))
-    return best, planners[best].largest_batch(budget)
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -1,13 +1,18 @@
 """Print what a job's training step takes, beside other ways to tune the same backbone."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from snell_lightning.memory.job import Job
-from snell_lightning.memory.planner import Planner, best_lever
+from snell_lightning.memory.job import Job, levers
+from snell_lightning.memory.planner import Planner
 from snell_lightning.memory.trace import Plan
 
 _MIB, _GIB = 2**20, 2**30
@@ -36,21 +41,81 @@ def report(job: Job, batch_size: int, budget: int | None = None, console: Consol
         UserError: The backbone or the adapter cannot be made as the job says.
     """
     console = console or Console()
-    planners = [Planner(each) for each in _columns(job)]
-    size = planners[0].job.image_size
-    pixels = f", {size} px" if size else ""
-    with console.status("planning"):
-        plans = [planner.plans([batch_size])[0] for planner in planners]
-    console.print(_by_phase(f"{job.backbone}{pixels}, {job.precision}, batch {batch_size}: MiB", planners, plans))
-    with console.status("planning"):
-        by_batch = _by_batch(planners, budget)
-    console.print(by_batch)
+    columns, changed = _columns(job), {} if budget is None else levers(job)
+    asked = [_Asked(each, (batch_size, *_BATCHES), budget, exact=not place) for place, each in enumerate(columns)]
+    asked += [_Asked(each, (), budget) for each in changed.values()]
+    with _answers(asked) as answers, console.status("planning"):
+        found = [next(answers) for _ in columns]
+        pixels = f", {job.image_size} px" if job.image_size else ""
+        title = f"{job.backbone}{pixels}, {job.precision}, batch {batch_size}: MiB"
+        console.print(_by_phase(title, columns, [each.plans[batch_size] for each in found]))
+        helped = {setting: next(answers) for setting in changed}
+    sizes: tuple[int, ...] = _BATCHES
+    if budget is not None and found[0].plans[sizes[0]].peak > budget:
+        with _answers([_Asked(each, _FEWER, None) for each in columns]) as answers, console.status("planning"):
+            for column, fewer in zip(found, answers, strict=True):
+                column.plans.update(fewer.plans)
+        sizes = _FEWER + sizes
+    console.print(_by_batch(columns, found, sizes, budget))
     if budget is not None:
-        with console.status("planning"):
-            lines = _within(planners, budget)
-        for line in lines:
+        for line in _within(columns, found, helped, budget):
             console.print(line, highlight=False, soft_wrap=True)
     console.print(_NOTE, style="dim", highlight=False)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be known of a job."""
+
+    job: Job
+    batch_sizes: tuple[int, ...]
+    budget: int | None
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Plans by batch size, and the largest batch within the budget."""
+
+    plans: dict[int, Plan]
+    largest: int
+
+
+def _answer(asked: _Asked) -> _Found:
+    planner = Planner(asked.job)
+    plans = dict(zip(asked.batch_sizes, planner.plans(asked.batch_sizes), strict=True))
+    if asked.budget is None:
+        return _Found(plans, 0)
+    return _Found(plans, (planner.largest_batch if asked.exact else planner.likely_largest_batch)(asked.budget))
+
+
+# Of the processes that plan: they inherit it, since what makes an optimizer need not travel between processes.
+_to_answer: list[_Asked] = []
+
+
+def _answer_number(number: int) -> _Found | None:
+    # OpenMP's threads do not outlive a fork.
+    torch.set_num_threads(1)
+    try:
+        return _answer(_to_answer[number])
+    except RuntimeError as error:
+        if "fork-based multiprocessing" in str(error):
+            # The process that was forked had used autograd before.
+            return None
+        raise
+
+
+@contextmanager
+def _answers(asked: list[_Asked]) -> Iterator[Iterator[_Found]]:
+    """Answers in turn, from one process for each processor where processes can be forked."""
+    workers = min(len(asked), os.cpu_count() or 1)
+    if workers == 1 or "fork" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
+        yield map(_answer, asked)
+        return
+    _to_answer[:] = asked
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        found = pool.imap(_answer_number, range(len(asked)))
+        yield (_answer(each) if answer is None else answer for each, answer in zip(asked, found, strict=True))
 
 
 def _columns(job: Job) -> list[Job]:
@@ -62,11 +127,11 @@ def _columns(job: Job) -> list[Job]:
     return [job, *others]
 
 
-def _by_phase(title: str, planners: Sequence[Planner], plans: Sequence[Plan]) -> Table:
+def _by_phase(title: str, columns: Sequence[Job], plans: Sequence[Plan]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for place, planner in enumerate(planners):
-        table.add_column(f"this config\n{planner.job.label}" if place == 0 else planner.job.label, justify="right")
+    for place, job in enumerate(columns):
+        table.add_column(f"this config\n{job.label}" if place == 0 else job.label, justify="right")
     names = {
         "weights": "weights",
         "gradients": "gradients",
@@ -87,16 +152,13 @@ def _by_phase(title: str, planners: Sequence[Planner], plans: Sequence[Plan]) ->
     return table
 
 
-def _by_batch(planners: Sequence[Planner], budget: int | None) -> Table:
+def _by_batch(columns: Sequence[Job], found: Sequence[_Found], sizes: Sequence[int], budget: int | None) -> Table:
     table = Table(title="Peak by batch size: MiB", title_justify="left")
     table.add_column("batch", justify="right")
-    for planner in planners:
-        table.add_column(planner.job.label, justify="right")
-    sizes: tuple[int, ...] = _BATCHES
-    if budget is not None and planners[0].plans(sizes[:1])[0].peak > budget:
-        sizes = _FEWER + sizes
-    peaks = [[plan.peak for plan in planner.plans(sizes)] for planner in planners]
-    for batch_size, row in zip(sizes, zip(*peaks, strict=True), strict=True):
+    for job in columns:
+        table.add_column(job.label, justify="right")
+    for batch_size in sizes:
+        row = [each.plans[batch_size].peak for each in found]
         if budget is not None and min(row) > budget:
             break
         fits = [budget is None or peak <= budget for peak in row]
@@ -106,17 +168,17 @@ def _by_batch(planners: Sequence[Planner], budget: int | None) -> Table:
     return table
 
 
-def _within(planners: Sequence[Planner], budget: int) -> list[str]:
+def _within(columns: Sequence[Job], found: Sequence[_Found], helped: Mapping[str, _Found], budget: int) -> list[str]:
     """What fits the budget, and which setting would help most, one sentence a line."""
-    own = planners[0].largest_batch(budget)
-    others = {planner.job.label: planner.likely_largest_batch(budget) for planner in planners[1:]}
-    listed = ", ".join(f"{name} {batch:,}" for name, batch in {"this config": own, **others}.items())
+    own = found[0].largest
+    names = ["this config", *(job.label for job in columns[1:])]
+    listed = ", ".join(f"{name} {each.largest:,}" for name, each in zip(names, found, strict=True))
     lines = [f"Largest batch within {_size(budget)}: {listed}."]
-    lever = best_lever(planners[0].job, budget)
-    if lever is None:
-        lines.append("No further setting saves memory.")
-    elif lever[1] > own:
-        lines.append(f"What helps most is [bold]{lever[0]}[/bold]: batch {lever[1]:,} instead of {own:,}.")
+    if not helped:
+        return [*lines, "No further setting saves memory."]
+    best = max(helped, key=lambda setting: helped[setting].largest)
+    if helped[best].largest > own:
+        lines.append(f"What helps most is [bold]{best}[/bold]: batch {helped[best].largest:,} instead of {own:,}.")
     else:
         lines.append("No single further setting allows a larger batch.")
     return lines

@@ -168,6 +168,19 @@ class TestD4Launchers:
         assert not Path("runs").exists()
 
 
+def test_d5_what_lies_about_is_not_resumed_under_slurm(
+    work: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NTASKS": "1", "NNODES": "1", "PROCID": "0", "LOCALID": "0", "JOB_NAME": "fit"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for folder in (Path(), Path("runs"), RUN):
+        (folder / "hpc_ckpt_1.ckpt").write_bytes(LAST.read_bytes())
+    for options in ((), ("--trainer.default_root_dir", "runs"), ("--trainer.logger.version", "version_0")):
+        done = command(*FIT, *options)
+        assert (done.status, done.errors) == (0, [])
+        assert "Restor" not in done.err
+
+
 class TestD7WhatACheckpointHolds:
     """What a config says and a checkpoint holds otherwise is named."""
 
