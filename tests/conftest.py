@@ -1,11 +1,11 @@
 """What every test shares: the same random numbers in each run, and the product precision restored."""
 
+import os
 from collections.abc import Iterator
 
-from snell_lightning.waiting import spin_briefly
-
-# Here, before torch is loaded, and in every process that a test starts.
-spin_briefly()
+# Before torch is loaded, and for every process that a test starts: tests share the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 # Imported first, as on the command line: Python keeps one object for `int | float` and `float | int`, that of the
 # module that wrote it first, and it decides whether a 4 in a config is parsed as 4 or as 4.0.

@@ -224,7 +224,10 @@ def test_holds_what_the_table_says(row: Row, caplog: pytest.LogCaptureFixture) -
     for layer, _ in silent:
         model.get_submodule(layer).weight.requires_grad_()
     found = gradients(model, images)
-    assert not any(found[f"{layer}.weight"][rows].any() for (layer, _), rows in silent.items())
+    # To rounding, which differs between processors.
+    largest = max(float(gradient.abs().max()) for gradient in found.values())
+    for (layer, _), rows in silent.items():
+        assert float(found[f"{layer}.weight"][rows].abs().max()) <= 1e-6 * largest, layer
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.module)
