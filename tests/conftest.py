@@ -9,9 +9,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 # Imported first, as on the command line: Python keeps one object for `int | float` and `float | int`, that of the
 # module that wrote it first, and it decides whether a 4 in a config is parsed as 4 or as 4.0.
-import lightning.pytorch  # noqa: E402, F401
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import lightning.pytorch  # noqa: F401
+import pytest
+import torch
 
 # On models this small, threads cost more than they give.
 torch.set_num_threads(1)
