@@ -39,7 +39,7 @@ from snell_lightning.memory.trace import AffineTrace, Plan, Recorder, Trace, rea
 _SMALL = 4096
 # Between one of the first and the last a step is computed from the two. A batch of one is special to many operations,
 # and some make less room for a few rows than for many.
-_FEW, _MANY = (4, 32), 256
+_FEW, _MANY = (4, 32), 1024
 # No search goes beyond.
 _MOST = 1 << 20
 # Of all planners: what one has seen serves the others.
