@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snell_lightning.adapters import UserError
@@ -177,6 +178,8 @@ class _Subject:
                 self.optimizer = job.optimizer(self._trained)
         cut = Cut(self.model)
         self._cut = cut if fake is not None and cut.leaves_out else None
+        # What the optimizer's step makes and frees.
+        self._passing: list[tuple[int, int]] | None = None
 
     def trace(self, batch_size: int) -> Trace:
         """Run one step and record it. It starts with the gradients and the state that another step left."""
@@ -200,6 +203,7 @@ class _Subject:
                     # Something trained takes no part in the loss.
                     self._trained = [p for p in self._trained if p.grad is not None]
                     self.optimizer.state.clear()
+                    self._passing = None
                     return self.trace(batch_size)
                 return trace
         finally:
@@ -208,10 +212,24 @@ class _Subject:
 
     def _pretend_a_step(self) -> None:
         """Make the gradients and the state that a step leaves, without running its forward and backward."""
+        assert self._fake is not None
         for parameter in self._trained:
-            parameter.grad = torch.empty_like(parameter)
+            # What `empty_like` gives, without asking for it as an operation.
+            with no_dispatch():
+                bare = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
+            parameter.grad = FakeTensor(self._fake, bare, parameter.device)
         if not self.optimizer.state:
             self.optimizer.step()
+
+    def _step(self, recorder: Recorder) -> None:
+        """The optimizer's step. The batch is nothing to it: on fake tensors it is run once, and then repeated."""
+        if self._passing is not None:
+            recorder.repeat(self._passing)
+            return
+        mark = recorder.mark()
+        self.optimizer.step()
+        if self._fake is not None:
+            self._passing = recorder.passing(mark)
 
     def _record(self, batch_size: int) -> Trace | None:
         whole = WHOLE.get(self.job.precision, torch.float32)
@@ -239,7 +257,7 @@ class _Subject:
                 cut.fill_gradients(recorder)
             recorder.end("backward")
             recorder.classify("gradients", self._gradients())
-            self.optimizer.step()
+            self._step(recorder)
             recorder.end("step")
             recorder.classify("optimizer", self._state())
         return recorder.trace() if cut is None else cut.whole(recorder.trace())

@@ -131,6 +131,22 @@ class Recorder(StorageTracker):
         del self._owners[events:], self._deltas[events:], self._kinds[storages:]
         return extra
 
+    def passing(self, mark: tuple[int, int]) -> list[tuple[int, int]] | None:
+        """What happened since a mark, by number of the storage since then; None where it made or freed what stays."""
+        events, storages = mark
+        owners = self._owners[events:]
+        if any(owner < storages for owner in owners) or any(serial >= storages for serial in self._serials.values()):
+            return None
+        return [(owner - storages, delta) for owner, delta in zip(owners, self._deltas[events:], strict=True)]
+
+    def repeat(self, events: Sequence[tuple[int, int]]) -> None:
+        """Write down once more what `passing` told."""
+        storages = len(self._kinds)
+        self._kinds += ["temporaries"] * (1 + max((number for number, _ in events), default=-1))
+        for number, delta in events:
+            self._owners.append(storages + number)
+            self._deltas.append(delta)
+
     def book(self, size: int) -> None:
         """Count so many bytes as made and freed."""
         self._change(-1, size)
