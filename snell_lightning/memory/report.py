@@ -42,14 +42,15 @@ def report(job: Job, batch_size: int, budget: int | None = None, console: Consol
     """
     console = console or Console()
     columns, changed = _columns(job), {} if budget is None else levers(job)
-    asked = [_Asked(each, (batch_size, *_BATCHES), budget, exact=not place) for place, each in enumerate(columns)]
-    asked += [_Asked(each, (), budget) for each in changed.values()]
+    # What takes longest comes first, so that no process is left with it in the end.
+    asked = [_Asked(each, (), budget) for each in changed.values()]
+    asked += [_Asked(each, (batch_size, *_BATCHES), budget, exact=not place) for place, each in enumerate(columns)]
     with _answers(asked) as answers, console.status("planning"):
-        found = [next(answers) for _ in columns]
-        pixels = f", {job.image_size} px" if job.image_size else ""
-        title = f"{job.backbone}{pixels}, {job.precision}, batch {batch_size}: MiB"
-        console.print(_by_phase(title, columns, [each.plans[batch_size] for each in found]))
         helped = {setting: next(answers) for setting in changed}
+        found = list(answers)
+    pixels = f", {job.image_size} px" if job.image_size else ""
+    title = f"{job.backbone}{pixels}, {job.precision}, batch {batch_size}: MiB"
+    console.print(_by_phase(title, columns, [each.plans[batch_size] for each in found]))
     sizes: tuple[int, ...] = _BATCHES
     if budget is not None and found[0].plans[sizes[0]].peak > budget:
         with _answers([_Asked(each, _FEWER, None) for each in columns]) as answers, console.status("planning"):
