@@ -78,10 +78,10 @@ def continue_run(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     command = arguments[0] if arguments else ""
     configs, _, given = _sort_out(arguments[1:])
     which = given.get(_RESUME)
-    if which is None:
-        job = slurm_job()
-        if command != "fit" or job is None or not int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-            return list(arguments), None
+    job = slurm_job()
+    again = command == "fit" and job is not None and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    if which is None and not again:
+        return list(arguments), None
     if command != "fit":
         raise UserError(f"{_RESUME} goes with fit, not with {command or 'no command'}; to evaluate, name a checkpoint")
     if which is not None and "--ckpt_path" in given:
@@ -89,7 +89,7 @@ def continue_run(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     root = root_of(_of_trainer([_read_config(path) for path in configs], given))
     rest = _without(arguments, _RESUME)
     if which is None:
-        found = unfinished(root, _is_whole, slurm_job=slurm_job(), arguments=list(arguments))
+        found = unfinished(root, _is_whole, slurm_job=job, arguments=list(arguments))
     elif which == "auto":
         found = unfinished(root, _is_whole)
     else:

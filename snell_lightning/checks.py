@@ -1,17 +1,17 @@
 """What is wrong with a run before it starts: told in one line, and no folder is made for it."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, StochasticWeightAveraging
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snell_lightning.adapters import UserError
 from snell_lightning.module import ImageClassifier
 
-# Settings that count something, with the least that makes sense.
+# Settings that count something.
 _AT_LEAST_ONE = ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps")
 # Settings of which zero means that nothing is trained.
 _NOTHING = ("max_epochs", "max_steps", "limit_train_batches")
@@ -64,12 +64,11 @@ def check_training(trainer: Trainer, module: LightningModule) -> None:
         )
     if isinstance(module, ImageClassifier):
         module.check_optimizer()
-        _check_monitored(trainer, module)
+        _check_monitored(callbacks, module)
 
 
-def _check_monitored(trainer: Trainer, module: ImageClassifier) -> None:
+def _check_monitored(callbacks: Sequence[Callback], module: ImageClassifier) -> None:
     """Raise where a callback waits for a metric that is not logged; callbacks of the user's own may log others."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if any(not type(each).__module__.startswith(("lightning.", "snell_lightning.")) for each in callbacks):
         return
     logged = module.logged_names()

@@ -82,9 +82,9 @@ def adopt(trainer: MutableMapping[str, Any], launch: Launch | None) -> str | Non
             f"{launch}, and trainer.devices is {devices}; leave it out, or start {_processes(count)} on each machine"
         )
     _require_devices(trainer.get("accelerator") or "auto", launch)
-    found = {"num_nodes": launch.nodes, "devices": launch.per_node}
+    found: dict[str, Any] = {"num_nodes": launch.nodes, "devices": launch.per_node}
     if launch.nodes * launch.per_node > 1 and trainer.get("strategy") in (None, "auto"):
-        found["strategy"] = "ddp"  # type: ignore[assignment]
+        found["strategy"] = "ddp"
     if count is not None:
         # As given: a list says which devices.
         del found["devices"]

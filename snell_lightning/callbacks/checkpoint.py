@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
@@ -210,10 +210,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Save adapter and checkpoint if the score is the best so far, or nothing is scored."""
         candidates = self._monitor_candidates(trainer)
         score = None if self.monitor is None else float(candidates[self.monitor])
-        if score is not None and not self._beats(trainer, score):
-            better = False
-        else:
-            better = True
+        better = score is None or self._beats(trainer, score)
+        if better:
             self.best = {"score": score, "epoch": trainer.current_epoch}
         if not self.adapter_only:
             at_end = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
@@ -247,14 +245,14 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _copied(self, source: Path, folder: Path) -> Path:
         """A copy of another run's checkpoint in this run's folder, where no file is replaced."""
+        assert self._strategy is not None
         target, number = folder / source.name, 0
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if self._strategy.is_global_zero:
             while target.exists():
                 number += 1
                 target = folder / f"{source.stem}-v{number}{source.suffix}"
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-        assert self._strategy is not None
         return self._strategy.broadcast(target)
 
     def _export(

@@ -88,8 +88,8 @@ class Cut:
                     continue
                 others = []
                 for own in parameters:
-                    own[index].grad = torch.empty_like(parameter.grad)
-                    others.append(recorder.serial(own[index].grad))  # type: ignore[arg-type]
+                    own[index].grad = gradient = torch.empty_like(parameter.grad)
+                    others.append(recorder.serial(gradient))
                 made[recorder.serial(parameter.grad)] = others
             self._gradients.append(made)
         self._filled = start, len(recorder.deltas)
