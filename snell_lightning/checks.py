@@ -12,7 +12,7 @@ from snell_lightning.adapters import UserError
 from snell_lightning.module import ImageClassifier
 
 # Settings that count something.
-_AT_LEAST_ONE = ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps")
+_AT_LEAST_ONE = ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch", "log_every_n_steps", "timeout")
 # Settings of which zero means that nothing is trained.
 _NOTHING = ("max_epochs", "max_steps", "limit_train_batches")
 

@@ -27,6 +27,7 @@ from snell_lightning.arguments import (
 )
 from snell_lightning.help import COMMANDS, help_for
 from snell_lightning.messages import one_line
+from snell_lightning.peers import is_loss, loss, own_failure, rank
 
 if TYPE_CHECKING:
     from snell_lightning.lightning_cli import SnellCLI
@@ -52,11 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
-        line = None if os.environ.get(_DEBUG) else one_line(error)
-        if line is None:
+        debug = bool(os.environ.get(_DEBUG))
+        line = one_line(error)
+        if is_loss(error):
+            line = loss(error)
+            if line is None and not debug:
+                raise SystemExit(1) from None
+        else:
+            own_failure(line or f"{type(error).__name__}: {' '.join(str(error).split())}")
+        if line is None or debug:
             raise
-        rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK"))
-        where = f" [process {rank}]" if rank is not None else ""
+        number = rank()
+        where = f" [process {number}]" if number is not None else ""
         print(f"error{where}: {line}", file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -4,12 +4,15 @@ A trainer that does not know of the other processes would train all of it in eac
 leaves open are taken from the launcher's environment, and counts that it gives must agree with it.
 """
 
+import inspect
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from snell_lightning.adapters.errors import UserError
+from snell_lightning.peers import introduce
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,13 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
     """
     if "TORCHELASTIC_RUN_ID" in environment:
         world, per_node = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
+        restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
+        if restarts != "0" and world > 1 and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            raise UserError(
+                f"torchrun may start processes again (--max-restarts {restarts}), and the store that it shares would "
+                "give them the addresses of those that are gone; put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 into its "
+                "environment on every machine"
+            )
         return Launch("torchrun", _nodes("torchrun", world, per_node), per_node)
     # Lightning takes these two for a shell in which somebody tries things out.
     if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
@@ -107,6 +117,52 @@ def require_agreement(world_size: int, environment: Mapping[str, str] = os.envir
             f"the environment says that there are {said} processes (WORLD_SIZE), and trainer.devices and "
             f"trainer.num_nodes make {world_size}; each would train on its own"
         )
+
+
+def join(trainer: Mapping[str, Any], launch: Launch | None, timeout: int) -> None:
+    """Have all processes of a launcher meet before data are listed and a backbone is loaded.
+
+    From here on a process that ends is noticed by the others, whatever it ends of.
+
+    Args:
+        trainer: The settings, after `adopt`.
+        launch: What `launched` says.
+        timeout: Seconds to wait for others, then and later.
+    """
+    strategy = trainer.get("strategy")
+    if launch is None or launch.nodes * launch.per_node == 1 or not str(strategy).startswith("ddp"):
+        return
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    try:
+        Fabric(
+            accelerator=trainer.get("accelerator") or "auto",
+            devices=trainer.get("devices") or launch.per_node,
+            num_nodes=launch.nodes,
+            strategy=DDPStrategy(timeout=timedelta(seconds=timeout)),
+        ).launch()
+    except RuntimeError as error:
+        raise UserError(f"{launch}, which did not find each other: {' '.join(str(error).split())}") from error
+    introduce()
+
+
+def work_together(strategy: Any, timeout: int) -> None:
+    """Set up Lightning's DDP strategy for a backbone that is frozen.
+
+    Args:
+        strategy: It, before it is used.
+        timeout: Seconds to wait for other processes.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    strategy._timeout = timedelta(seconds=timeout)
+    # Buffers are the backbone's, which stay as they are: by default all of them would travel before every step.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    strategy._ddp_kwargs.setdefault(buffers, False)
+    # Gradients are reduced where they lie.
+    strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
 
 
 def _nodes(launcher: str, world: int, per_node: int) -> int:

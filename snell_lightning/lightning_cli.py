@@ -16,7 +16,7 @@ from snell_lightning.callbacks import AdapterCheckpoint, FiniteLoss, PredictionW
 from snell_lightning.checks import check_trainer_settings, check_training
 from snell_lightning.data import ImageDataModule
 from snell_lightning.help import COMMANDS, PROGRAM, TITLE
-from snell_lightning.launch import adopt, launched, require_agreement
+from snell_lightning.launch import adopt, join, launched, require_agreement
 from snell_lightning.messages import ConfigError
 from snell_lightning.module import ImageClassifier, check_training_settings
 from snell_lightning.runs import CONFIG, Run, root_of, short
@@ -108,10 +108,12 @@ class SnellCLI(LightningCLI):
         if trainer.logger is True:
             trainer.logger = Namespace(class_path="snell_lightning.logger.RunLogger", init_args=Namespace())
         counts = {key: trainer.get(key) for key in ("accelerator", "devices", "num_nodes", "strategy")}
-        if (line := adopt(counts, launched())) is not None:
+        launch = launched()
+        if (line := adopt(counts, launch)) is not None:
             tell(line)
         self._launch = {key: value for key, value in counts.items() if trainer.get(key) != value}
         check_trainer_settings(trainer)
+        join(counts, launch, trainer.timeout)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, and say which run this is."""

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from snell_lightning.adapters import UserError
 from snell_lightning.data import ImageDataModule
+from snell_lightning.launch import work_together
 from snell_lightning.logger import RunLogger, RunMetrics
 from snell_lightning.runs import Run
 
@@ -22,6 +24,19 @@ class SnellTrainer(Trainer):
 
     run: Run | None = None
     _run_folder: Path | None = None
+
+    def __init__(self, *args: Any, timeout: int = 1800, **kwargs: Any) -> None:
+        """As Lightning's, and how several processes work together.
+
+        Args:
+            *args: Of Lightning's Trainer.
+            timeout: Seconds after which a process that waits for others in vain ends. What one process does while
+                others wait, such as loading a backbone that they have loaded already, must take less.
+            **kwargs: Of Lightning's Trainer.
+        """
+        super().__init__(*args, **kwargs)
+        if isinstance(self.strategy, DDPStrategy):
+            work_together(self.strategy, timeout)
 
     def prepare(self, run: Run) -> None:
         """Give files a run's folder, which is made when training or evaluation starts, and stop cleanly at signals."""

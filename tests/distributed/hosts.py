@@ -95,6 +95,9 @@ class Hosts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for process in (*self._started, *self._relays):
+            # One that has just begun is not in its namespace yet.
+            process.kill()
         for space in (*self._spaces, self._hub):
             _kill_all(space)
             # A namespace goes when its last process has: links go with it.
