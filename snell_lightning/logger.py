@@ -135,6 +135,11 @@ class RunMetrics(CSVLogger):
         """Write what has been logged since the last time."""
         self.experiment.save()
 
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """What has led to a checkpoint is written down before it is needed: the run may be killed."""
+        self.save()
+
 
 class _Rows(_ExperimentWriter):
     """Lightning's writer, which would delete a file that it finds."""
@@ -149,17 +154,19 @@ class _Rows(_ExperimentWriter):
     def log_metrics(self, metrics_dict: Mapping[str, float], step: int | None = None) -> None:
         if not self._started:
             self._started = True
-            self._keep_before(0 if step is None else step)
+            self._keep_before(0 if step is None else step, metrics_dict)
         super().log_metrics(dict(metrics_dict), step)
 
-    def _keep_before(self, step: int) -> None:
-        """Drop the rows that the continued run logs again."""
+    def _keep_before(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Drop the rows that the continued run logs again: of the first step those of the same metrics."""
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            rows = [row for row in reader if int(row["step"]) < step]
+            names = metrics.keys() - {"epoch", "step"}
+            kept = [row for row in reader if int(row["step"]) <= step]
+            rows = [row for row in kept if int(row["step"]) < step or not any(row.get(name) for name in names)]
             self.metrics_keys = list(reader.fieldnames or ())
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.metrics_keys)

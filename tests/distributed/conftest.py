@@ -7,7 +7,7 @@ import pytest
 from tests.distributed import hosts
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def needs_hosts() -> None:
     """Skip a test for which there are no hosts on this machine; where they were promised, fail."""
     reason = hosts.reason_without()

@@ -1,11 +1,12 @@
 """The same job started on test hosts in the ways that clusters start it, and what is left of it."""
 
+import csv
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,25 @@ import torch
 
 from tests.distributed.hosts import Hosts
 
+ROOT = Path(__file__).parents[2]
 FIT = (
     "fit", "--config", "vit.yaml", "--trainer.accelerator", "cpu", "--data.augmentation", "none",
     "--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.5", "--model.optimizer.lr", "1e-3",
     "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "5",
 )  # fmt: skip
 """The embedded job, accumulating and clipping. Each test adds how long it is."""
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def torchrun(*options: str) -> tuple[str, ...]:
-    """The command that starts processes through torchrun."""
+    """The command that starts processes through torchrun; options of the job follow."""
     return (sys.executable, "-m", "torch.distributed.run", *options, "-m", "snell_lightning", *FIT)
 
 
-def elastic(nodes: str, *options: str) -> tuple[str, ...]:
-    """A torchrun command whose processes meet at the first host, and start again when one is lost."""
+def elastic(nodes: str, restarts: int = 0) -> tuple[str, ...]:
+    """A torchrun command for two processes a host, which meet at the first host, and start again if one is lost."""
     meet = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "host-0:29500", "--rdzv-id", "job")
-    return torchrun("--nnodes", nodes, "--nproc-per-node", "2", *meet, *options)
+    return torchrun("--nnodes", nodes, "--nproc-per-node", "2", "--max-restarts", str(restarts), *meet)
 
 
 def plain(*options: str) -> tuple[str, ...]:
@@ -55,6 +57,13 @@ def slurm(task: int, tasks: int, nodes: int, **more: str) -> dict[str, str]:
     }
 
 
+def start(
+    hosts: Hosts, host: int, folder: Path, command: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT
+) -> subprocess.Popen:
+    """Start a command on a host, in the folder that all hosts share."""
+    return hosts.start(host, command, folder / f"host-{host}.txt", folder=folder, environment=environment)
+
+
 def wait(processes: Sequence[subprocess.Popen], seconds: float = 140) -> list[int]:
     """Wait for processes, and give their statuses."""
     deadline = time.monotonic() + seconds
@@ -66,31 +75,24 @@ def printed(folder: Path) -> str:
     return "\n".join(f"== {path.name}\n{path.read_text()}" for path in sorted(folder.glob("host-*.txt")))
 
 
-def last(folder: Path, run: str = "version_0") -> dict[str, Any]:
+def last(folder: Path) -> dict[str, Any]:
     """The last checkpoint of a run."""
-    return torch.load(folder / "runs" / run / "checkpoints" / "last.ckpt", weights_only=True)
+    return torch.load(folder / "runs/version_0/checkpoints/last.ckpt", weights_only=True)
 
 
-def score(folder: Path, run: str = "version_0") -> float:
-    """The last score on validation data that a run logged."""
-    import csv
-
-    with (folder / "runs" / run / "metrics.csv").open(newline="") as file:
-        return [float(row["val/acc1"]) for row in csv.DictReader(file) if row.get("val/acc1")][-1]
-
-
-def training(folder: Path, times: int = 1) -> bool:
-    """Whether a job has been training for the so manieth time: the model is announced before the first step."""
-    return printed(folder).count("model: ") >= times
+def scores(folder: Path, name: str = "val/acc1") -> list[float]:
+    """The scores on validation data that a run logged."""
+    with (folder / "runs/version_0/metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
 def rank_of(process: int) -> int | None:
-    """The rank of a process that trains; None for any other."""
+    """The rank of a process that torchrun has started; None for any other."""
     command = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     if "snell_lightning" not in command or "torch.distributed.run" in command or command.startswith("timeout"):
         return None
     environment = Path(f"/proc/{process}/environ").read_bytes().replace(b"\0", b"\n").decode()
-    found = re.search(r"^(?:RANK|SLURM_PROCID|LOCAL_RANK)=(\d+)$", environment, flags=re.MULTILINE)
+    found = re.search(r"^RANK=(\d+)$", environment, flags=re.MULTILINE)
     return int(found[1]) if found else None
 
 
