@@ -5,8 +5,9 @@ cache from distances to update, and the factors' gradients see the survivors onl
 `kernels.py` and `competition.py` but for the order of sums (1e-6 of their size).
 
 The code (`compiled.c`) is built by the system's C compiler when it is first needed, in about a second, and kept in the
-user's cache folder. It runs on torch's own OpenMP threads. Where there is no compiler, where torch has threads of
-another kind, or where the environment says SNELL_COMPILE=0, torch's operations do the same.
+user's cache folder; SNELL_COMPILE=FILE in the environment names code that `build` has made before, for machines without
+a compiler. It runs on torch's own OpenMP threads. Where there is neither, where torch has threads of another kind, or
+where the environment says SNELL_COMPILE=0, torch's operations do the same.
 """
 
 import ctypes
@@ -28,7 +29,7 @@ from torch._subclasses import FakeTensor
 from snell_lightning.adapters.competition import SAMPLE, bracket, sample_step, survivors_rank, threshold
 
 _SOURCE = Path(__file__).with_name("compiled.c")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
+_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
 _BLOCK = 32  # columns that the code works on at once; rows of the transposed factors are padded to it
 _SPARSIFIERS = {"magnitude": 0, "soft": 1, "hard": 2, "none": 2}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -252,22 +253,48 @@ def _number(tau: Tensor | None) -> float:
     return _DENSE if tau is None or isinstance(tau, FakeTensor) else tau.item()
 
 
+def build(path: str | Path, architecture: str = "native") -> None:
+    """Compile the code.
+
+    Args:
+        path: Where to.
+        architecture: Processors that it is for, as the compiler names them; `x86-64-v3` is all that have AVX2.
+
+    Raises:
+        RuntimeError: The compiler fails.
+        OSError: There is none, or the file cannot be written.
+    """
+    compiler = os.environ.get("CC", "cc")
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        _run(compiler, *_FLAGS, f"-march={architecture}", "-c", str(_SOURCE), "-o", f"{folder}/code.o")
+        # Linked without OpenMP: it takes that of the process, torch's. A second one would compete for the processor.
+        _run(compiler, "-shared", f"{folder}/code.o", "-o", f"{folder}/code.so", "-lm")
+        os.replace(f"{folder}/code.so", path)
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled code, or None where it cannot be had."""
-    if os.environ.get("SNELL_COMPILE") == "0":
+    setting = os.environ.get("SNELL_COMPILE", "")
+    if setting == "0":
         return None
     try:
-        return _build()
+        return _cached() if setting in ("", "1") else _built_before(setting)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _log.info("no compiled kernel, torch's operations are used: %s", error)
         return None
 
 
-def _build() -> ctypes.CDLL:
+def _built_before(path: str) -> ctypes.CDLL:
+    """Load code that was compiled for processors like this one, and elsewhere."""
+    if platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        raise RuntimeError(f"{path} is for processors with AVX2, which this one has not")
+    return ctypes.CDLL(path)
+
+
+def _cached() -> ctypes.CDLL:
     """Load the compiled code from the user's cache, built first if it is not there."""
-    compiler = os.environ.get("CC", "cc")
-    version = _run(compiler, "--version")
+    version = _run(os.environ.get("CC", "cc"), "--version")
     identity = "\n".join([*_FLAGS, version, platform.machine(), _processor(), _SOURCE.read_text(encoding="utf-8")])
     name = f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snell_lightning"
@@ -278,16 +305,13 @@ def _build() -> ctypes.CDLL:
         private = status.st_uid == os.getuid() and not status.st_mode & 0o022
     except OSError:
         private = False
-    if private and (cache / name).is_file():
+    if private:
+        if not (cache / name).is_file():
+            build(cache / name)
         return ctypes.CDLL(str(cache / name))
-    with tempfile.TemporaryDirectory(dir=cache if private else None) as folder:
-        _run(compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{folder}/code.o")
-        # Linked without OpenMP: it takes that of the process, torch's. A second one would compete for the processor.
-        _run(compiler, "-shared", f"{folder}/code.o", "-o", f"{folder}/code.so", "-lm")
-        library = ctypes.CDLL(f"{folder}/code.so")
-        if private:
-            os.replace(f"{folder}/code.so", cache / name)
-        return library
+    with tempfile.TemporaryDirectory() as folder:
+        build(f"{folder}/code.so")
+        return ctypes.CDLL(f"{folder}/code.so")
 
 
 def _run(*command: str) -> str:
