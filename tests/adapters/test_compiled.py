@@ -1,6 +1,7 @@
 """The compiled loop of the CPU against torch's operations, which the other tests hold to the method."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -181,3 +182,22 @@ def test_code_is_not_loaded_from_a_folder_that_others_can_write_to(tmp_path: Pat
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, check=True)
 
     assert list(folder.iterdir()) == []
+
+
+def test_code_that_was_built_before_is_used_where_there_is_no_compiler(tmp_path: Path) -> None:
+    built = tmp_path / "built.so"
+    # Of one generation of processors back, as in the images.
+    compiled.build(built, "x86-64-v3" if platform.machine() == "x86_64" else "native")
+    program = (
+        "import torch; from snell_lightning.adapters import *; from snell_lightning.adapters import compiled;"
+        "torch.manual_seed(0); print(SnellDelta(64, 48, SnellConfig(rank=8)).weight().double().square().sum().item());"
+        "assert compiled._library()._name == {!r}"
+    )
+    environment = {**os.environ, "SNELL_COMPILE": str(built), "CC": "no-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program.format(str(built))], env=environment, capture_output=True, text=True, check=True
+    )
+    torch.manual_seed(0)
+    here = SnellDelta(64, 48, SnellConfig(rank=8)).weight().double().square().sum().item()
+    assert float(done.stdout) == pytest.approx(here, rel=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["built.so"]
