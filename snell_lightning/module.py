@@ -325,7 +325,16 @@ class ImageClassifier(LightningModule):
             "fingerprint": self.frozen_fingerprint,
             "thinned": [list(place) for place, _ in whole],
             "data": data.settings() if data is not None and hasattr(data, "settings") else {},
+            "images_per_step": self._images_per_step(),
         }
+
+    def _images_per_step(self) -> int | None:
+        """Images that all processes together take in an optimizer's step; None where that is not known."""
+        trainer = self._trainer
+        batch = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+        return (
+            None if trainer is None or batch is None else batch * trainer.world_size * trainer.accumulate_grad_batches
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint fits, and complete it with the frozen tensors the model has.
@@ -344,6 +353,12 @@ class ImageClassifier(LightningModule):
             if self.class_names not in (None, tuple(names)):
                 raise _other_classes(names, self.class_names)
             self.class_names = tuple(names)
+        before, now = made_on.get("images_per_step"), self._images_per_step()
+        if before is not None and now is not None and before != now and self.trainer.training:
+            rank_zero_info(
+                f"resume: a step has {now} images, and had {before} before (data.batch_size on each of "
+                f"{self.trainer.world_size} processes, times trainer.accumulate_grad_batches)"
+            )
         state = checkpoint["state_dict"]
         trained = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         check_adapter_state_dict(self.model, trained, "the checkpoint")

@@ -79,7 +79,11 @@ def save_adapter(
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        unfinished.touch()
+        usual = unfinished.stat().st_mode
         save_file(written, unfinished, metadata={key: json.dumps(value) for key, value in values.items()})
+        # safetensors lets its files be read by their owner alone; this is for whoever may read the others.
+        unfinished.chmod(usual)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -307,3 +307,8 @@ class TestWriting:
         assert seen == [good]
         assert path.read_bytes() != good
         assert torch.equal(read_adapter(path)[0]["cls_token"], tuned.cls_token)
+
+    def test_whoever_may_read_other_files_may_read_an_adapter(self, saved: tuple[Path, nn.Module]) -> None:
+        ordinary = saved[0].with_name("ordinary")
+        ordinary.touch()
+        assert saved[0].stat().st_mode == ordinary.stat().st_mode

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .conftest import QUICK, Command
+
 # Everything that draws random numbers is on: shuffling, augmentation, mixing, dropout and drop path of the update.
 COMMON = [
     "fit", "--config", "vit.yaml", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "3",
@@ -96,3 +98,13 @@ def test_explicit_values_beat_those_of_the_checkpoint(tmp_path: Path) -> None:
     # What is not given again is the checkpoint's.
     assert resumed["hyper_parameters"]["cutmix"] == 1.0
     assert resumed["global_step"] == 10
+
+
+def test_steps_of_another_size_are_told_of(work: Path, command: Command, caplog: pytest.LogCaptureFixture) -> None:
+    last = "runs/version_0/checkpoints/last.ckpt"
+    more = ("fit", *QUICK, "--ckpt_path", last, "--trainer.max_epochs", "3")
+    assert command(*more, "--trainer.accumulate_grad_batches", "2").status == 0
+    assert "resume: a step has 16 images, and had 8 before" in caplog.text
+    caplog.clear()
+    assert command(*more).status == 0
+    assert "resume: a step" not in caplog.text
