@@ -68,12 +68,19 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
     return None
 
 
-def adopt(trainer: MutableMapping[str, Any], launch: Launch | None) -> str | None:
+# Where other launchers that Lightning knows say how processes find each other.
+_OTHERS = ("LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def adopt(
+    trainer: MutableMapping[str, Any], launch: Launch | None, environment: Mapping[str, str] = os.environ
+) -> str | None:
     """Take over the launcher's counts where a trainer's settings leave them open.
 
     Args:
         trainer: The settings, changed in place.
         launch: What `launched` says.
+        environment: Variables in which those who start by hand say where the machines are.
 
     Returns:
         A line that says what was taken over; None where nothing was.
@@ -82,6 +89,14 @@ def adopt(trainer: MutableMapping[str, Any], launch: Launch | None) -> str | Non
         UserError: The settings say something else, or the processes have not a device each.
     """
     if launch is None:
+        placed = "MASTER_ADDR" in environment and any(
+            name in environment for name in ("NODE_RANK", "GROUP_RANK", "RANK")
+        )
+        if (trainer.get("num_nodes") or 1) > 1 and not placed and not any(name in environment for name in _OTHERS):
+            raise UserError(
+                f"trainer.num_nodes is {trainer['num_nodes']}, and nothing says where the other machines are; start with "
+                "torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment of each machine"
+            )
         return None
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
     count = _count(devices)

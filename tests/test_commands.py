@@ -11,13 +11,19 @@ from snell_lightning import arguments, cli
 from snell_lightning.lightning_cli import SnellCLI
 
 ROOT = Path(__file__).parent.parent
-SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
+SHOWN = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "configs").rglob("*.yaml")),
+    *sorted(path for path in (ROOT / "docker").rglob("*") if path.suffix in (".md", ".yaml", ".sbatch")),
+]
 
 
 def commands(path: Path) -> list[str]:
-    """What follows `python -m snell_lightning`, or `torchrun ... -m snell_lightning`, on the lines of a file."""
+    """What follows the program's name, an image's or a batch script's on the lines of a file, or stands in JOB."""
     text = re.sub(r"\\\n[# ]*", "", path.read_text(encoding="utf-8"))
-    return re.findall(r"-m snell_lightning ((?:fit|validate|test|predict|memory) [^`\n]*)", text)
+    program = r"(?:-m snell_lightning|snell_lightning:\w+|\.sbatch|JOB=\")"
+    return re.findall(program + r" ?((?:fit|validate|test|predict|memory) [^`\n\"]*)", text)
 
 
 ALL = [(path.relative_to(ROOT).as_posix(), command) for path in SHOWN for command in commands(path)]
@@ -48,7 +54,7 @@ def test_command_shown_is_taken(where: str, command: str, tmp_path: Path, monkey
 
 def test_readme_and_every_config_show_a_command() -> None:
     shown = {where for where, _ in ALL}
-    assert "README.md" in shown
+    assert {"README.md", "docker/README.md", "docker/compose.yaml", "docker/slurm/fit.sbatch"} <= shown
     configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     assert configs <= shown
 

@@ -8,6 +8,7 @@ from snell_lightning import UserError
 from snell_lightning.launch import Launch, adopt, launched, require_agreement
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+FOUR = Launch("torchrun", 2, 2)
 SLURM = {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "fit"}
 
 
@@ -21,6 +22,8 @@ SLURM = {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "fit"}
         ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "fit"}, Launch("SLURM", 1, 2)),
         # A shell in an allocation: no task was started.
         ({**SLURM, "SLURM_JOB_NAME": "interactive"}, None),
+        # torchrun that may start processes again, in a store that is new each time.
+        ({**TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "False"}, FOUR),
         # torchrun in an allocation.
         ({**SLURM, **TORCHRUN}, Launch("torchrun", 2, 2)),
     ],
@@ -34,6 +37,10 @@ def test_what_the_environment_says(environment: dict[str, str], expected: Launch
     [
         ({**SLURM, "SLURM_NTASKS": "3"}, "ask for as many on each"),
         ({**TORCHRUN, "WORLD_SIZE": "3"}, "start as many on each machine"),
+        (
+            {**TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            "put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 into its environment",
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "install it, or start with torchrun"),
     ],
 )
@@ -79,6 +86,14 @@ def test_other_counts_are_refused(settings: dict[str, Any], expected: str) -> No
 def test_d13_two_machines_in_a_config_and_one_in_fact_are_refused() -> None:
     with pytest.raises(UserError, match="torchrun started 2 processes on one machine, and"):
         adopt({"num_nodes": 2}, Launch("torchrun", 1, 2))
+
+
+def test_machines_that_cannot_find_each_other_are_refused() -> None:
+    settings: dict[str, Any] = {"num_nodes": 2}
+    with pytest.raises(UserError, match="nothing says where the other machines are"):
+        adopt(settings, None, {"MASTER_ADDR": "a"})
+    assert adopt(settings, None, {"MASTER_ADDR": "a", "NODE_RANK": "1"}) is None
+    assert adopt({"num_nodes": 1}, None, {}) is None
 
 
 def test_d4_processes_that_see_one_device_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
