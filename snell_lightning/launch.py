@@ -94,8 +94,8 @@ def adopt(
         )
         if (trainer.get("num_nodes") or 1) > 1 and not placed and not any(name in environment for name in _OTHERS):
             raise UserError(
-                f"trainer.num_nodes is {trainer['num_nodes']}, and nothing says where the other machines are; start with "
-                "torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment of each machine"
+                f"trainer.num_nodes is {trainer['num_nodes']}, and nothing says where the other machines are; start "
+                "with torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK in each machine's environment"
             )
         return None
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
@@ -148,7 +148,7 @@ def join(trainer: Mapping[str, Any], launch: Launch | None, timeout: int) -> Non
     if launch is not None and launch.launcher == "SLURM":
         # Lightning refuses tasks that were asked for in all (--ntasks), however they have been divided.
         os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launch.per_node))
-    if launch is None or launch.nodes * launch.per_node == 1 or not str(strategy).startswith("ddp"):
+    if launch is None or launch.nodes * launch.per_node == 1 or not _is_ddp(strategy):
         return
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
@@ -165,6 +165,32 @@ def join(trainer: Mapping[str, Any], launch: Launch | None, timeout: int) -> Non
     introduce()
 
 
+def untried(strategy: Any) -> str | None:
+    """What to say of a strategy that nobody has tried with this package; None for those that are tested.
+
+    Raises:
+        UserError: It cannot work.
+    """
+    name = _name(strategy)
+    if name == "ModelParallelStrategy":
+        raise UserError("ModelParallelStrategy divides layers, and adapted ones cannot be divided yet; use ddp")
+    if name in ("auto", "single_device", "SingleDeviceStrategy") or _is_ddp(strategy):
+        return None
+    return f"trainer.strategy {name} has not been tried with this package, whose backbones are frozen: ddp has"
+
+
+def _is_ddp(strategy: Any) -> bool:
+    return _name(strategy).startswith(("ddp", "DDPStrategy"))
+
+
+def _name(strategy: Any) -> str:
+    """A strategy's name, or the name of its class."""
+    path = (
+        strategy.get("class_path", "") if isinstance(strategy, Mapping) or hasattr(strategy, "class_path") else strategy
+    )
+    return str(path or "auto").rpartition(".")[2]
+
+
 def work_together(strategy: Any, timeout: int) -> None:
     """Set up Lightning's DDP strategy for a backbone that is frozen.
 
@@ -172,9 +198,12 @@ def work_together(strategy: Any, timeout: int) -> None:
         strategy: It, before it is used.
         timeout: Seconds to wait for other processes.
     """
+    from torch.distributed.constants import default_pg_timeout
     from torch.nn.parallel import DistributedDataParallel
 
-    strategy._timeout = timedelta(seconds=timeout)
+    if strategy._timeout == default_pg_timeout:
+        # Not given for the strategy itself.
+        strategy._timeout = timedelta(seconds=timeout)
     # Buffers are the backbone's, which stay as they are: by default all of them would travel before every step.
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

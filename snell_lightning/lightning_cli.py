@@ -16,7 +16,7 @@ from snell_lightning.callbacks import AdapterCheckpoint, FiniteLoss, PredictionW
 from snell_lightning.checks import check_trainer_settings, check_training
 from snell_lightning.data import ImageDataModule
 from snell_lightning.help import COMMANDS, PROGRAM, TITLE
-from snell_lightning.launch import adopt, join, launched, require_agreement
+from snell_lightning.launch import adopt, join, launched, require_agreement, untried
 from snell_lightning.messages import ConfigError
 from snell_lightning.module import ImageClassifier, check_training_settings
 from snell_lightning.runs import CONFIG, Run, root_of, short
@@ -113,6 +113,8 @@ class SnellCLI(LightningCLI):
             tell(line)
         self._launch = {key: value for key, value in counts.items() if trainer.get(key) != value}
         check_trainer_settings(trainer)
+        if (line := untried(counts["strategy"])) is not None:
+            tell(line)
         join(counts, launch, trainer.timeout)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

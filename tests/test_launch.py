@@ -1,11 +1,13 @@
 """What started the processes: counts are taken over where they are open, and must agree where they are not."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 
 from snell_lightning import UserError
-from snell_lightning.launch import Launch, adopt, launched, require_agreement
+from snell_lightning.launch import Launch, adopt, launched, require_agreement, untried, work_together
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 FOUR = Launch("torchrun", 2, 2)
@@ -103,6 +105,29 @@ def test_d4_processes_that_see_one_device_each_are_refused(monkeypatch: pytest.M
         adopt({}, Launch("SLURM", 1, 2))
     # On the CPU that does not matter.
     adopt({"accelerator": "cpu"}, Launch("SLURM", 1, 2))
+
+
+@pytest.mark.parametrize("strategy", [None, "auto", "ddp", "ddp_spawn", {"class_path": "a.DDPStrategy"}])
+def test_strategies_that_are_tested_pass(strategy: Any) -> None:
+    assert untried(strategy) is None
+
+
+def test_strategies_that_nobody_has_tried_are_told_of() -> None:
+    assert "fsdp has not been tried" in (untried("fsdp") or "")
+    assert "DeepSpeedStrategy has not been tried" in (untried({"class_path": "a.DeepSpeedStrategy"}) or "")
+    with pytest.raises(UserError, match="use ddp"):
+        untried({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"})
+
+
+def test_what_is_said_of_the_strategy_itself_holds() -> None:
+    strategy = DDPStrategy(timeout=timedelta(seconds=5), gradient_as_bucket_view=False)
+    work_together(strategy, 60)
+    assert strategy._timeout == timedelta(seconds=5)
+    assert strategy._ddp_kwargs["gradient_as_bucket_view"] is False
+    strategy = DDPStrategy()
+    work_together(strategy, 60)
+    assert strategy._timeout == timedelta(seconds=60)
+    assert strategy._ddp_kwargs["gradient_as_bucket_view"] is True
 
 
 def test_one_process_is_as_without_a_launcher() -> None:
