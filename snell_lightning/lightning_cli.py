@@ -1,6 +1,7 @@
 """LightningCLI for `ImageClassifier` and `ImageDataModule`: arguments, links between them, and named callbacks."""
 
 import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from snell_lightning.adapters import SnellConfig
-from snell_lightning.arguments import tell
+from snell_lightning.arguments import slurm_job, tell
 from snell_lightning.callbacks import AdapterCheckpoint, FiniteLoss, PredictionWriter, SnellMonitor
 from snell_lightning.checks import check_trainer_settings, check_training
 from snell_lightning.data import ImageDataModule
@@ -160,6 +161,8 @@ class SnellCLI(LightningCLI):
             run = trainer.run
             advice = f"; to go on: --resume {short(run.folder)}" if run.folder and run.checkpoints() else ""
             tell(f"stopped by {signal.Signals(trainer.stopped_by).name}{advice}")
+            if trainer.to_be_queued_again and trainer.is_global_zero:
+                _queue_again()
             raise SystemExit(128 + trainer.stopped_by) from None
         finally:
             trainer.run.release()
@@ -180,6 +183,17 @@ class SnellCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's settings were put below the command line's by `arrange_arguments` already."""
+
+
+def _queue_again() -> None:
+    """Have SLURM start this job anew; it goes on with its own run then."""
+    job = str(slurm_job())
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        problem = done.stderr.strip() if done.returncode else None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    tell(f"SLURM job {job} is queued again" if problem is None else f"SLURM job {job} is not queued again: {problem}")
 
 
 def run_cli(

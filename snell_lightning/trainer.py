@@ -54,6 +54,11 @@ class SnellTrainer(Trainer):
         return getattr(self._signal_connector, "stopped_by", None)
 
     @property
+    def to_be_queued_again(self) -> bool:
+        """Whether it was SLURM's notice that stopped the run: its job is to be queued again."""
+        return getattr(self._signal_connector, "notice", None) == self.stopped_by is not None
+
+    @property
     def received_sigterm(self) -> bool:
         """Whether to stop here; a validation amid training is finished first, as its score is of the step before."""
         return super().received_sigterm and not (self.state.fn == TrainerFn.FITTING and self.validating)
@@ -129,17 +134,26 @@ class SnellTrainer(Trainer):
 
 
 class _StopSignals(_SignalConnector):
-    """On Ctrl-C or SIGTERM the step that runs is finished, and then training stops; a second one stops at once."""
+    """On Ctrl-C or SIGTERM the step that runs is finished, and then training stops; a second one stops at once.
+
+    So it does on SLURM's notice that a job's time is up. Lightning saves a checkpoint then and there, which needs all
+    processes: with several of them the one would wait for the gradients of those that wait for it to save.
+    """
 
     def __init__(self, trainer: SnellTrainer) -> None:
         super().__init__(trainer)
         self.stopped_by: int | None = None
+        self.notice: int | None = None
 
     def register_signal_handlers(self) -> None:
         """Take over the two signals for as long as the trainer runs."""
         super().register_signal_handlers()
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._register_signal(signum, self._stop)
+
+    def _slurm_sigusr_handler_fn(self, signum: int, frame: FrameType | None) -> None:
+        self.notice = signum
+        self._stop(signum, frame)
 
     def _stop(self, signum: int, _: FrameType | None) -> None:
         if self.stopped_by is not None:

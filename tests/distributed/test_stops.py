@@ -30,7 +30,7 @@ def start(
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen:
     command = [*program, *(part.format(steps=steps) for part in FIT), *options]
-    with (folder / "printed.txt").open("w") as printed:
+    with (folder / "printed.txt").open("a") as printed:
         return subprocess.Popen(
             command,
             cwd=folder,
@@ -95,34 +95,42 @@ def test_d4_d8_two_processes_of_torchrun_train_together_and_stop_at_the_same_ste
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["version_0"]
 
 
-def test_d5_a_slurm_job_that_is_queued_again_goes_on_in_its_own_folder(tmp_path: Path) -> None:
-    slurm = {"SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-    slurm |= {"SLURM_JOB_NAME": "fit", "SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+def test_d5_a_slurm_job_of_two_tasks_is_queued_again_and_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
     (tmp_path / "scontrol").chmod(0o755)
-    process = start(tmp_path, steps=5000, environment=slurm)
-    wait_for_steps(process, tmp_path)
-    process.send_signal(signal.SIGUSR1)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    code, printed = finish(process, tmp_path)
-    assert code == 143, printed
+
+    def tasks(count: int, *options: str, steps: int, **more: str) -> list[subprocess.Popen]:
+        slurm = {"SLURM_NTASKS": str(count), "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+        slurm |= {"SLURM_JOB_NAME": "fit", "SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}", **more}
+        places = ({"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(count))
+        return [start(tmp_path, *options, steps=steps, environment={**slurm, **place}) for place in places]
+
+    started = tasks(2, steps=5000)
+    wait_for_steps(started[0], tmp_path)
+    for task in started:
+        task.send_signal(signal.SIGUSR1)
+    assert [finish(task, tmp_path)[0] for task in started] == [138, 138], (tmp_path / "printed.txt").read_text()
+    printed = (tmp_path / "printed.txt").read_text()
+    assert "stopped by SIGUSR1; to go on: --resume runs/version_0" in printed
+    assert "SLURM job 7 is queued again" in printed
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
-    assert {path.parent.relative_to(tmp_path) for path in tmp_path.rglob("*.ckpt")} == {RUN, RUN / "checkpoints"}
+    assert {path.parent.relative_to(tmp_path) for path in tmp_path.rglob("*.ckpt")} == {RUN / "checkpoints"}
     stopped = steps_done(tmp_path)
 
     # Another job, and the first one again, which is known by its number and its command.
-    other = start(tmp_path, steps=2, environment={**slurm, "SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"})
+    (other,) = tasks(1, steps=2, SLURM_JOB_ID="8", SLURM_RESTART_COUNT="1")
     code, printed = finish(other, tmp_path)
     assert code == 0, printed
     assert (tmp_path / "runs/version_1/adapter.safetensors").is_file()
     assert steps_done(tmp_path) == stopped
-    again = start(tmp_path, steps=5000, environment={**slurm, "SLURM_RESTART_COUNT": "1"})
+    again = tasks(2, steps=5000, SLURM_RESTART_COUNT="1")
     deadline = time.monotonic() + 60
     while "Restored all states" not in (tmp_path / "printed.txt").read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)
-    again.send_signal(signal.SIGTERM)
-    code, printed = finish(again, tmp_path)
+    for task in again:
+        task.send_signal(signal.SIGTERM)
+    assert [finish(task, tmp_path)[0] for task in again] == [143, 143]
+    printed = (tmp_path / "printed.txt").read_text()
     assert "resume: the run in runs/version_0 goes on from runs/version_0/checkpoints/last.ckpt" in printed
     assert steps_done(tmp_path) > stopped
