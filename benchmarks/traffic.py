@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
@@ -25,10 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import RESULTS, environment, mebibytes, median, print_table, ratio, write_result
 from benchmarks.methods import Backbone, Settings, build, parse_variants
+from snell_lightning.launch import work_together
 
 RESULT = RESULTS / "traffic.json"
 METHODS = "full, lora:rank=8, snell:rank=8"
-OWN = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+_strategy = DDPStrategy()
+work_together(_strategy, timeout=1800)
+OWN = _strategy._ddp_kwargs
 SETTINGS: dict[str, dict[str, Any]] = {"torch's": {}, "ours": OWN, "ours, static graph": {**OWN, "static_graph": True}}
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Play the Dockerfile without a container engine: its RUN lines in fresh Debian roots, its COPY lines as copies.
 
-    sudo docker/rehearse.py FOLDER [TORCH=cuda]            builds into FOLDER, which takes some 10 GB
-    sudo docker/rehearse.py FOLDER [TORCH=cuda] -- ARGUMENTS     then runs the image with these arguments, as its user
+    sudo python3 docker/rehearse.py FOLDER [TORCH=cuda] [-- ARGUMENTS]
+
+builds into FOLDER, which takes 18 GB, and runs the image with these arguments, as its user.
 
 Needs root, debootstrap and chroot. What an engine adds (layers, caches, limits, networks) is not rehearsed.
 """
@@ -19,9 +20,10 @@ from pathlib import Path
 
 DOCKER = Path(__file__).resolve().parent
 PROJECT = DOCKER.parent
+INSTRUCTIONS = ("RUN", "ENV", "COPY", "USER", "WORKDIR", "ENTRYPOINT", "CMD")
 # What a machine behind a mirror or a proxy needs to be told; no part of the image.
-_ALONE = "REHEARSING"
 PASSED = ("PIP_CERT", "PIP_INDEX_URL", "http_proxy", "https_proxy", "no_proxy")
+_ALONE = "REHEARSING"
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
@@ -103,6 +105,8 @@ def play(root: Path, lines: list[tuple[str, str]], make: Callable[[str], "Stage"
     else:
         copy(parent.root, root)
     for word, rest in lines[1:]:
+        if word not in INSTRUCTIONS:
+            raise SystemExit(f"error: {word} is not rehearsed; known are {', '.join(INSTRUCTIONS)}")
         print(f"{word} {rest}", flush=True)
         if word == "RUN":
             stage.run(["/bin/sh", "-c", rest], folder=stage.folder)
@@ -126,8 +130,6 @@ def play(root: Path, lines: list[tuple[str, str]], make: Callable[[str], "Stage"
             stage.entry = json.loads(rest)
         elif word == "CMD":
             stage.command = json.loads(rest)
-        else:
-            raise SystemExit(f"error: {word} is not known here")
     return stage
 
 

@@ -5,6 +5,7 @@ a process that fails leaves word in the store that all of them share, and one th
 process that was killed leaves no word: then those that are left call the roll, and whoever does not answer is named.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -21,8 +22,8 @@ _FIRST, _HOST, _HERE = "snell/first", "snell/host/{}", "snell/here/{}"
 _ROLL = 2.0
 # Seconds after which the store is given up: it may have been on the machine that is gone.
 _PATIENCE = 5.0
-# Words of the errors that a lost connection shows as, whatever backend it belongs to.
-_LOST = ("gloo", "connection closed", "connection reset", "broken pipe", "nccl", "timed out", "mpi")
+# What errors of a lost connection say that have no type of their own.
+_LOST = re.compile(r"\bgloo\b|\bnccl\b|connection (closed|reset) by peer|timed out waiting", re.IGNORECASE)
 
 
 def introduce() -> None:
@@ -47,8 +48,7 @@ def is_loss(error: BaseException) -> bool:
         return False
     if isinstance(error, distributed.DistError):
         return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in _LOST)
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 def own_failure(line: str) -> None:
@@ -60,7 +60,7 @@ def own_failure(line: str) -> None:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun's summary names the process that failed first, with this text.
         said = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
-        with open(file, "w", encoding="utf-8") as stream:
+        with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as stream:
             json.dump({"message": said}, stream)
     if distributed.is_available() and distributed.is_initialized():
         here = f"process {distributed.get_rank()} on {socket.gethostname()}"

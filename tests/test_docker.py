@@ -1,5 +1,6 @@
 """What docker/ holds: its lock file, its commands and its batch scripts, with stand-ins for a cluster."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -74,6 +75,20 @@ def test_what_builds_the_package_is_taken_out_of_the_image() -> None:
     dropped = {name for name in locked() if re.match(pattern[1], name)}
     assert {"nvidia-cublas", "cuda-toolkit", "triton"} <= dropped
     assert not dropped & {"torch", "torchvision", "numpy", "sympy", "timm"}
+
+
+def test_the_dockerfile_is_one_that_can_be_rehearsed() -> None:
+    described = importlib.util.spec_from_file_location("rehearse", DOCKER / "rehearse.py")
+    assert described is not None
+    assert described.loader is not None
+    rehearse = importlib.util.module_from_spec(described)
+    described.loader.exec_module(rehearse)
+    found = rehearse.instructions((DOCKER / "Dockerfile").read_text())
+    assert {word for word, _ in found} <= {*rehearse.INSTRUCTIONS, "ARG", "FROM"}
+    runs = [rest for word, rest in found if word == "RUN"]
+    assert len(runs) == 7
+    for command in runs:
+        assert subprocess.run(["sh", "-n", "-c", command]).returncode == 0, command
 
 
 def services() -> dict[str, Any]:

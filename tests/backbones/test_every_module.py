@@ -203,8 +203,10 @@ def test_holds_what_the_table_says(row: Row, caplog: pytest.LogCaptureFixture) -
             silent[layer, int(update)] = sorted(rows_of_updates(model.get_submodule(layer))[int(update)])
         for setting in RECOMPUTE:
             assert torch.equal(found[setting][name], gradient), f"{name} with recompute {setting}"
-    # All that is trained has a part in every step, which is what DDP counts on.
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} <= found["none"].keys()
+    # All that is trained has a part in every step, which is what DDP counts on. ConViT's token comes in at the eleventh
+    # block, which this small one has not.
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained - found["none"].keys() == ({"cls_token"} if row.module == "convit" else set())
     assert len(silent) <= len(names) / 2
 
     # What is saved makes the same logits again, and so does the plain model with the updates in its weights.
