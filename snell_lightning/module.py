@@ -8,11 +8,10 @@ timm is imported where it is used: the command line needs this class to print a 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial, reduce
-from operator import getitem
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -44,6 +43,7 @@ from snell_lightning.adapters import (
 )
 from snell_lightning.adapters.names import plain_name
 from snell_lightning.backbones import EMBEDDED_BACKBONE
+from snell_lightning.thin import complete, thin_out
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -314,16 +314,12 @@ class ImageClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained tensors only, and say which frozen weights they belong to."""
         trained = {f"model.{name}" for name in adapter_state_dict(self.model)}
-        own = {plain_name(name) for name in self.state_dict()}
-        # Callbacks that average weights add whole models of their own.
-        whole = list(_states(checkpoint, own))
-        for place, state in whole:
-            _put(checkpoint, place, {key: state[name] for name in state if (key := plain_name(name)) in trained})
+        places = thin_out(checkpoint, {plain_name(name) for name in self.state_dict()}, trained)
         data = getattr(self._trainer, "datamodule", None)
         checkpoint["snell"] = {
             "backbone": self.backbone_name,
             "fingerprint": self.frozen_fingerprint,
-            "thinned": [list(place) for place, _ in whole],
+            "thinned": places,
             "data": data.settings() if data is not None and hasattr(data, "settings") else {},
             "images_per_step": self._images_per_step(),
         }
@@ -366,10 +362,7 @@ class ImageClassifier(LightningModule):
             raise UserError(
                 f"the checkpoint was made on other frozen weights of {self.backbone_name!r}; use the same ones"
             )
-        own = self.state_dict()
-        for place in made_on.get("thinned", [["state_dict"]]):
-            state = reduce(getitem, place, checkpoint)
-            _put(checkpoint, place, {name: state.get(plain_name(name), tensor) for name, tensor in own.items()})
+        complete(checkpoint, made_on.get("thinned", [["state_dict"]]), self.state_dict())
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup or CutMix of a batch; of an odd batch the last image stays unmixed, since timm mixes in pairs."""
@@ -449,21 +442,6 @@ def _without_parser(factory: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(factory, partial) and len(factory.args) == 2 and isinstance(factory.args[1], type):
         return partial(factory.args[1], **factory.keywords)
     return factory
-
-
-def _states(tree: Mapping[str, Any], names: set[str]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor]]]:
-    """The models' states in a checkpoint, that is mappings with all of these names, and the keys that lead to them."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            if names <= {plain_name(str(name)) for name in value}:
-                yield (key,), value
-            else:
-                yield from (((key, *place), state) for place, state in _states(value, names))
-
-
-def _put(tree: dict[str, Any], place: Sequence[str], value: Any) -> None:
-    """Replace what nested mappings have at the end of these keys."""
-    reduce(getitem, place[:-1], tree)[place[-1]] = value
 
 
 def _other_classes(model: Sequence[str] | None, data: Sequence[str] | None) -> UserError:

@@ -25,7 +25,7 @@ from heapq import heappop, heappush
 from pathlib import Path
 from types import TracebackType
 
-LIMIT = 150
+LIMIT = 400
 """Seconds after which a command on a host is killed."""
 _OUTGOING = 4
 _ETHTOOL, _OFFLOADS = 0x8946, (0x17, 0x1F, 0x24, 0x2C)  # SIOCETHTOOL; set tx checksums, tso, gso, gro
