@@ -145,11 +145,11 @@ def join(trainer: Mapping[str, Any], launch: Launch | None, timeout: int) -> Non
         timeout: Seconds to wait for others, then and later.
     """
     strategy = trainer.get("strategy")
-    if launch is not None and launch.launcher == "SLURM":
-        # Lightning refuses tasks that were asked for in all (--ntasks), however they have been divided.
-        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launch.per_node))
     if launch is None or launch.nodes * launch.per_node == 1 or not _is_ddp(strategy):
         return
+    if launch.launcher == "SLURM":
+        # Lightning refuses tasks that were asked for in all (--ntasks), however they have been divided.
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launch.per_node))
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
