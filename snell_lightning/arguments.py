@@ -17,6 +17,7 @@ import yaml
 
 from snell_lightning.adapters import UserError, read_adapter
 from snell_lightning.messages import LINKED
+from snell_lightning.peers import rank
 from snell_lightning.runs import continuable, own_adapter, root_of, short, unfinished
 
 _PACKAGE = Path(__file__).parent
@@ -283,8 +284,7 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def tell(line: str) -> None:
     """Print a line on stderr, in the first process alone."""
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    if next((rank for rank in ranks if rank is not None), "0") == "0":
+    if not rank():
         print(line, file=sys.stderr)
 
 

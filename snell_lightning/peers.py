@@ -28,13 +28,13 @@ _LOST = re.compile(r"\bgloo\b|\bnccl\b|connection (closed|reset) by peer|timed o
 
 def introduce() -> None:
     """Tell the other processes on which machine this one is."""
-    if distributed.is_available() and distributed.is_initialized():
+    if _have_met():
         _store().set(_HOST.format(distributed.get_rank()), socket.gethostname())
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int | None:
     """This process's number among all; None where there is no other."""
-    if distributed.is_available() and distributed.is_initialized():
+    if _have_met():
         return distributed.get_rank()
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if name in environment:
@@ -44,7 +44,7 @@ def rank(environment: Mapping[str, str] = os.environ) -> int | None:
 
 def is_loss(error: BaseException) -> bool:
     """Whether an error means that another process cannot be reached, and so is none of this one's own."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not _have_met():
         return False
     if isinstance(error, distributed.DistError):
         return True
@@ -62,7 +62,7 @@ def own_failure(line: str) -> None:
         said = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as stream:
             json.dump({"message": said}, stream)
-    if distributed.is_available() and distributed.is_initialized():
+    if _have_met():
         here = f"process {distributed.get_rank()} on {socket.gethostname()}"
         _ask(lambda: _store().compare_set(_FIRST, "", f"{here}: {line}"))
 
@@ -86,6 +86,10 @@ def loss(error: BaseException) -> str | None:
     if gone:
         return f"no answer from {' and '.join(gone)}: killed, or cut off from the network ({own}); all processes end"
     return f"a connection between processes broke ({own}); all of them are there, and end"
+
+
+def _have_met() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _call_the_roll() -> tuple[str, list[str], list[int]]:

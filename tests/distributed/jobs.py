@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,14 @@ def wait(processes: Sequence[subprocess.Popen], seconds: float = 140) -> list[in
     """Wait for processes, and give their statuses."""
     deadline = time.monotonic() + seconds
     return [process.wait(timeout=max(0.1, deadline - time.monotonic())) for process in processes]
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 100) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
 
 
 def printed(folder: Path) -> str:

@@ -3,10 +3,10 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.distributed.hosts import Hosts
+from tests.distributed.jobs import wait_for
 
 ECHO = """
 import socket
@@ -36,13 +36,6 @@ while True:
 """
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
 def test_hosts_reach_each_other_as_long_as_their_link_is_up(needs_hosts: None, tmp_path: Path) -> None:
     printed = tmp_path / "printed.txt"
 
@@ -52,7 +45,7 @@ def test_hosts_reach_each_other_as_long_as_their_link_is_up(needs_hosts: None, t
     with Hosts(2) as hosts:
         hosts.start(1, [sys.executable, "-c", ECHO], tmp_path / "echo.txt")
         hosts.start(0, [sys.executable, "-c", ASK], printed)
-        wait_for(lambda: printed.exists() and len(printed.read_text().splitlines()) > 20)
+        wait_for(lambda: printed.exists() and len(printed.read_text().splitlines()) > 20, seconds=20)
         assert printed.read_text().splitlines()[0] == "host-0 10.77.0.1"
         assert min(answers()) < 0.02
         assert hosts.sent(0) > 20 * 5000
@@ -63,11 +56,11 @@ def test_hosts_reach_each_other_as_long_as_their_link_is_up(needs_hosts: None, t
         time.sleep(0.5)
         assert len(answers()) == before
         hosts.restore(1)
-        wait_for(lambda: len(answers()) > before + 1)
+        wait_for(lambda: len(answers()) > before + 1, seconds=20)
 
         hosts.slow(1, delay=0.05, loss=0.02)
         before = len(answers()) + 1
-        wait_for(lambda: len(answers()) > before + 5)
+        wait_for(lambda: len(answers()) > before + 5, seconds=20)
         assert min(answers()[before:]) >= 0.1
 
         assert hosts.processes(1)

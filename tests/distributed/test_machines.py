@@ -3,7 +3,7 @@
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 from tests.distributed import jobs
 from tests.distributed.hosts import Hosts
+from tests.distributed.jobs import wait_for
 
 # 24 steps of 2 batches.
 SHORT = (
@@ -88,13 +89,6 @@ class Job:
         begun, self.restarts = time.monotonic(), self.restarts + 1
         wait_for(lambda: jobs.printed(self.folder).count("Restored all states") == self.restarts, seconds=60)
         print(f"training again after {time.monotonic() - begun:.1f} s")
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 100) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
