@@ -5,6 +5,7 @@
 | `full`            | everything                                                                                   |
 | `linear`          | the head alone                                                                               |
 | `lora`            | Hugging Face peft's LoRA on the layers that `snell_lightning.inject` adapts, head, cls_token |
+| `dora`            | the same with peft's DoRA                                                                    |
 | `snell`           | `snell_lightning.inject`: factors, head, cls_token                                           |
 | `straightforward` | the same by `benchmarks.straightforward`                                                     |
 
@@ -69,6 +70,7 @@ READS = {
     "full": ("precision", "recompute"),
     "linear": ("precision",),
     "lora": ("precision", "rank", "recompute", "lora_dropout"),
+    "dora": ("precision", "rank", "recompute", "lora_dropout"),
     "snell": ("precision", "rank", "sparsity", "recompute", "backbone_dtype", "dropout", "drop_path"),
     "straightforward": ("precision", "rank", "sparsity", "dropout", "drop_path"),
 }
@@ -77,6 +79,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "full": {"recompute": "none"},
     "linear": {},
     "lora": {"recompute": "none"},
+    "dora": {"recompute": "none"},
     "snell": {},
     "straightforward": {"dropout": 0.1, "drop_path": 0.0},
 }
@@ -104,10 +107,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A timm model with random weights.
+    """A timm model, with random weights unless it names a folder of pretrained ones.
 
     Args:
-        name: timm's name.
+        name: timm's name, or `local-dir:FOLDER` with pretrained weights.
         classes: Outputs of the head.
         image_size: Side of the images in pixels, or `None` for the model's own.
         blocks: Keep only the first so many blocks, or `None` for all.
@@ -124,7 +127,7 @@ class Backbone:
         """The model in training mode; the same seed gives the same weights."""
         torch.manual_seed(self.seed)
         with torch.device(device):
-            model = self._create()
+            model = self._create(pretrained=self.name.startswith("local-dir:") and device.type != "meta")
         if self.blocks is not None:
             if not isinstance(getattr(model, "blocks", None), (nn.Sequential, nn.ModuleList)):
                 raise UserError(f"{self.name} has no list of blocks to shorten; leave --blocks out")
@@ -142,14 +145,17 @@ class Backbone:
         labels = torch.randint(self.classes, (batch,), generator=generator)
         return images.to(device), labels.to(device)
 
-    def _create(self) -> nn.Module:
-        arguments: dict[str, Any] = {"pretrained": False, "num_classes": self.classes}
-        if self.image_size is None:
-            return timm.create_model(self.name, **arguments)
+    def _create(self, pretrained: bool) -> nn.Module:
+        # Pretrained weights come with a head of their own, or with none.
+        arguments: dict[str, Any] = {"pretrained": True} if pretrained else {"num_classes": self.classes}
         try:
-            return timm.create_model(self.name, img_size=self.image_size, **arguments)
+            sized = {} if self.image_size is None else {"img_size": self.image_size}
+            model = timm.create_model(self.name, **sized, **arguments)
         except TypeError:  # Not every family needs to know the size.
-            return timm.create_model(self.name, **arguments)
+            model = timm.create_model(self.name, **arguments)
+        if pretrained:
+            model.reset_classifier(self.classes)
+        return model
 
 
 @dataclass
@@ -249,16 +255,25 @@ def _linear(model: nn.Module, settings: Settings, backbone: Backbone) -> nn.Modu
 
 
 def _lora(model: nn.Module, settings: Settings, backbone: Backbone) -> nn.Module:
+    return _by_peft(model, settings, backbone, dora=False)
+
+
+def _dora(model: nn.Module, settings: Settings, backbone: Backbone) -> nn.Module:
+    return _by_peft(model, settings, backbone, dora=True)
+
+
+def _by_peft(model: nn.Module, settings: Settings, backbone: Backbone, dora: bool) -> nn.Module:
     try:
         import peft
     except ImportError as error:
-        raise UserError("method lora needs peft: pip install -e '.[bench]'") from error
+        raise UserError("methods lora and dora need peft: pip install -e '.[bench]'") from error
     _recompute_by_timm(model, settings)
     found = adapted(backbone)
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank,
         lora_dropout=settings.lora_dropout,
+        use_dora=dora,
         target_modules=list(found.slices),
     )
     wrapped = peft.get_peft_model(model, config)
@@ -294,6 +309,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, Settings, Backbone], nn.Module]] = {
     "full": _full,
     "linear": _linear,
     "lora": _lora,
+    "dora": _dora,
     "snell": _snell,
     "straightforward": _straightforward,
 }
