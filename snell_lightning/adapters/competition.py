@@ -6,6 +6,9 @@ is the set that an interpolated quantile with a strict comparison keeps, for any
 
 No index is stored: tau alone reproduces the set from K.
 
+Where that value is 0, the entries at 0 cannot be told apart, and none of them loses: tau is then a number just below 0
+(`TIED`). So an update that starts at exactly zero has a gradient everywhere, under `hard` and `none`.
+
 | name        | value on survivors | gradient on survivors, with respect to K | source                              |
 |-------------|--------------------|------------------------------------------|-------------------------------------|
 | `magnitude` | K |K|              | |K|                                      | released code of arXiv 2411.01800   |
@@ -28,6 +31,8 @@ SPARSIFIERS = ("magnitude", "soft", "hard", "none")
 
 # Entries that are worked on at once: what fits the processor's cache, or keeps an accelerator busy.
 _TILE_ON_CPU, _TILE_ON_ACCELERATOR = 2**18, 2**22
+# The threshold below which no absolute value is; near enough to 0 to leave the formulas above as they are.
+TIED = -torch.finfo(torch.float32).tiny
 # Entries that are sampled to find the threshold's neighbourhood, and how many standard deviations that reaches.
 SAMPLE, _DEVIATIONS = 2**14, 4.0
 
@@ -43,8 +48,8 @@ def tiles(matrix: Tensor) -> Iterator[slice]:
 def threshold(matrix: Tensor, sparsity: float) -> Tensor:
     """The k-th smallest absolute value of `matrix`, exact for any size, as a tensor of no dimensions on its device.
 
-    On the CPU a sample tells between which two values it lies, and only what lies there is sorted out; where the sample
-    misleads, all entries are. On an accelerator the host never waits.
+    `TIED` where that is 0. On the CPU a sample tells between which two values it lies, and only what lies there is
+    sorted out; where the sample misleads, all entries are. On an accelerator the host never waits.
 
     Args:
         matrix: Any shape, floating point.
@@ -59,9 +64,14 @@ def threshold(matrix: Tensor, sparsity: float) -> Tensor:
         kept = count - rank + 1
         largest = kept <= rank
         values = matrix.abs().flatten().topk(kept if largest else rank, largest=largest, sorted=False).values
-        return values.amin() if largest else values.amax()
+        return _above_zero(values.amin() if largest else values.amax())
     found = _by_sample(matrix, rank) if matrix.device.type == "cpu" and count > 8 * SAMPLE else None
-    return matrix.abs().flatten().kthvalue(rank).values if found is None else found
+    return _above_zero(matrix.abs().flatten().kthvalue(rank).values if found is None else found)
+
+
+def _above_zero(tau: Tensor) -> Tensor:
+    """A threshold, or `TIED` in place of 0."""
+    return tau.masked_fill(tau == 0, TIED)
 
 
 def shrink_(matrix: Tensor, tau: Tensor) -> Tensor:
@@ -99,8 +109,8 @@ def survivor_slopes(winners: Tensor, tau: Tensor, sparsifier: str, out: Tensor) 
     torch.abs(winners, out=out)
     if sparsifier == "magnitude":
         return out
-    alive = out.sign()
-    return out.mul_(2).sub_(alive.mul_(tau)) if sparsifier == "soft" else out.copy_(alive)
+    alive = (out <= tau).logical_not_()
+    return out.mul_(2).sub_(alive * tau) if sparsifier == "soft" else out.copy_(alive)
 
 
 def survivors_rank(count: int, sparsity: float) -> int:

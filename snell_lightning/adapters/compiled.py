@@ -105,6 +105,11 @@ def write(
     return tau
 
 
+def ties(tau: Tensor) -> bool:
+    """Whether a threshold on the CPU keeps every entry."""
+    return not isinstance(tau, FakeTensor) and tau.item() < 0
+
+
 def backward(
     out_factors: Tensor,
     in_factors: Tensor,
@@ -244,7 +249,8 @@ def _fill(operands: tuple[Tensor, ...], scale: float, buffer: Tensor, sparsity: 
         below, inside = counts[:, 0].sum().item(), counts[:, 1].tolist()
         if min(inside) >= 0 and below < rank <= below + sum(inside):
             found = torch.cat([kept[:count] for kept, count in zip(candidates, inside, strict=True)])
-            return found.kthvalue(int(rank - below)).values
+            tau = found.kthvalue(int(rank - below)).values
+            return tau if tau > 0 else threshold(buffer, sparsity)
     return threshold(buffer, sparsity)
 
 

@@ -11,6 +11,9 @@ from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.kernels import KERNELS
 from snell_lightning.adapters.recompute import RECOMPUTE
 
+STARTS = ("random", "zero")
+_START_AT_ZERO = ("hard", "none")
+
 
 @dataclass
 class SnellConfig:
@@ -27,6 +30,8 @@ class SnellConfig:
         sparsifier: `magnitude` (released code), `soft` (the paper's Eq. 5), `hard` (a plain mask) or `none` (dense).
         pieces: Number of distances the kernel sums with alternating sign.
         scale: Size of the distance kernel's coefficients.
+        start: `random` as published, or `zero`: an update that is exactly zero at first, for the sparsifiers `hard` and
+            `none` and, under the distance kernel, an even number of pieces.
         dropout: Probability of dropping an entry of the update's input, in [0, 1).
         drop_path: Probability of dropping the whole update for a sample, in [0, 1).
         recompute: What is made again in backward instead of being kept: `none`; `inputs` of the adapted layers, from
@@ -49,6 +54,7 @@ class SnellConfig:
     sparsifier: str = "magnitude"
     pieces: int = 2
     scale: float = 0.1
+    start: str = "random"
     dropout: float = 0.0
     drop_path: float = 0.0
     recompute: str = "inputs"
@@ -63,10 +69,13 @@ class SnellConfig:
         _check_choice("kernel", self.kernel, KERNELS)
         _check_choice("sparsifier", self.sparsifier, SPARSIFIERS)
         _check_choice("recompute", self.recompute, RECOMPUTE)
+        _check_choice("start", self.start, STARTS)
         if self.pieces < 1:
             raise UserError(f"pieces must be at least 1, not {self.pieces}")
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise UserError(f"scale must be a positive number, not {self.scale}")
+        if self.start == "zero":
+            self._check_zero_start()
         ranks = {f"rank_pattern[{pattern!r}]": rank for pattern, rank in self.rank_pattern.items()}
         for where, rank in {"rank": self.rank, **ranks}.items():
             _check_rank(where, rank, self.pieces)
@@ -90,6 +99,17 @@ class SnellConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"{pattern!r} is not a regular expression: {error}") from error
+
+    def _check_zero_start(self) -> None:
+        if self.sparsifier not in _START_AT_ZERO:
+            raise UserError(
+                f"start zero has no gradient under the sparsifier {self.sparsifier}, which multiplies an update with "
+                f"its own size; set sparsifier to {' or '.join(_START_AT_ZERO)}, or start to random"
+            )
+        if self.kernel == "distance" and self.pieces % 2:
+            raise UserError(
+                f"start zero needs an even number of pieces, whose distances cancel in pairs, not {self.pieces}"
+            )
 
 
 def check_fraction(where: str, value: float) -> None:

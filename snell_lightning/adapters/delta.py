@@ -135,8 +135,9 @@ class UpdateRule:
             tau: The threshold.
             others: The matrices that are read along the way.
         """
-        worth = tau is not None and self.sparsity >= compiled.SPARSE
-        return worth and compiled.applies(self.kernel, out_factors, in_factors, *others)
+        if tau is None or self.sparsity < compiled.SPARSE:
+            return False
+        return compiled.applies(self.kernel, out_factors, in_factors, *others) and not compiled.ties(tau)
 
     def sampled_backward(
         self,
@@ -193,7 +194,9 @@ class SnellDelta(nn.Module):
     """A trainable, sparse update of a weight matrix `(out_features, in_features)`.
 
     Both factors start Kaiming-uniform with a = sqrt(5) over the whole tensor, as in the released code: uniform within
-    `1 / sqrt(features * rank / pieces)`.
+    `1 / sqrt(features * rank / pieces)`. With `start: zero` the update is then made exactly zero: of the distance
+    kernel every second piece begins equal to the one before it, so that their distances cancel; of the linear one P
+    begins at zero, as in LoRA.
 
     Args:
         in_features: Columns of the matrix.
@@ -228,6 +231,11 @@ class SnellDelta(nn.Module):
         """Draw both factors anew."""
         for factors in (self.in_factors, self.out_factors):
             nn.init.kaiming_uniform_(factors, a=math.sqrt(5))
+            if self.config.start == "zero" and self.config.kernel == "distance":
+                with torch.no_grad():
+                    factors[1::2] = factors[::2]
+        if self.config.start == "zero" and self.config.kernel == "linear":
+            nn.init.zeros_(self.out_factors)
 
     @property
     def sparsity(self) -> float:

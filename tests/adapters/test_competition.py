@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from snell_lightning.adapters import SnellConfig, SnellDelta, UserError
 from snell_lightning.adapters.competition import (
     SPARSIFIERS,
+    TIED,
     shrink_,
     survivor_slopes,
     survivor_values_,
@@ -88,7 +89,18 @@ def test_threshold_with_many_ties_is_an_order_statistic(sparsity: float) -> None
 
     rank = int(sparsity * 1999) + 1
 
-    assert threshold(matrix, sparsity).item() == matrix.abs().flatten().sort().values[rank - 1].item()
+    expected = matrix.abs().flatten().sort().values[rank - 1].item()
+    assert threshold(matrix, sparsity).item() == (expected or TIED)
+
+
+@pytest.mark.parametrize(("sparsifier", "expected"), [("hard", 1.0), ("magnitude", 0.0), ("soft", 0.0)])
+def test_of_entries_tied_at_zero_none_loses(sparsifier: str, expected: float) -> None:
+    # Absolute values 0, 0, 0, 2: k = floor(0.5 * 3) + 1 = 2 is a 0. `magnitude` and `soft` are flat there.
+    matrix = torch.tensor([0.0, -2.0, 0.0, 0.0])
+    tau = threshold(matrix, 0.5)
+
+    assert slopes(matrix, tau, sparsifier)[[0, 2, 3]].tolist() == pytest.approx([expected] * 3, abs=1e-30)
+    assert survivors(matrix, tau, sparsifier)[[0, 2, 3]].tolist() == [0.0] * 3
 
 
 def test_threshold_is_exact_beyond_the_size_that_quantile_takes() -> None:
@@ -106,7 +118,8 @@ def test_a_large_matrixs_threshold_is_the_order_statistic(shape: tuple[int, int]
     matrix = torch.randn(shape)
     rank = int(sparsity * (matrix.numel() - 1)) + 1
 
-    assert threshold(matrix, sparsity).item() == matrix.abs().flatten().sort().values[rank - 1].item()
+    expected = matrix.abs().flatten().sort().values[rank - 1].item()
+    assert threshold(matrix, sparsity).item() == (expected or TIED)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
@@ -125,7 +138,8 @@ def test_the_threshold_is_exact_where_a_sample_says_little(kind: str, sparsity: 
         matrix[::3] = float("inf")
     rank = int(sparsity * (matrix.numel() - 1)) + 1
 
-    assert threshold(matrix, sparsity).item() == matrix.abs().flatten().sort().values[rank - 1].item()
+    expected = matrix.abs().flatten().sort().values[rank - 1].item()
+    assert threshold(matrix, sparsity).item() == (expected or TIED)
 
 
 def test_the_threshold_is_exact_where_the_sample_misleads() -> None:
