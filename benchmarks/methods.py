@@ -107,14 +107,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A timm model, with random weights unless it names a folder of pretrained ones.
+    """A timm model.
 
     Args:
-        name: timm's name, or `local-dir:FOLDER` with pretrained weights.
+        name: timm's name, or `local-dir:FOLDER`.
         classes: Outputs of the head.
         image_size: Side of the images in pixels, or `None` for the model's own.
         blocks: Keep only the first so many blocks, or `None` for all.
-        seed: Of weights and images.
+        seed: Of random weights, the head's among them, and of images.
+        pretrained: Whether the weights are the pretrained ones.
     """
 
     name: str
@@ -122,12 +123,13 @@ class Backbone:
     image_size: int | None = None
     blocks: int | None = None
     seed: int = 0
+    pretrained: bool = False
 
     def create(self, device: torch.device) -> nn.Module:
         """The model in training mode; the same seed gives the same weights."""
         torch.manual_seed(self.seed)
         with torch.device(device):
-            model = self._create(pretrained=self.name.startswith("local-dir:") and device.type != "meta")
+            model = self._create(pretrained=self.pretrained and device.type != "meta")
         if self.blocks is not None:
             if not isinstance(getattr(model, "blocks", None), (nn.Sequential, nn.ModuleList)):
                 raise UserError(f"{self.name} has no list of blocks to shorten; leave --blocks out")

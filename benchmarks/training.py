@@ -101,9 +101,9 @@ def score(model: nn.Module, split: Split) -> tuple[float, float]:
     return right, loss if math.isfinite(loss) else math.inf
 
 
-def restore(model: nn.Module, outcome: Outcome) -> None:
+def restore(model: nn.Module, best: dict[str, Tensor]) -> None:
     """Put the best epoch's tensors back."""
-    model.load_state_dict(outcome.best, strict=False)
+    model.load_state_dict(best, strict=False)
 
 
 def _state(model: nn.Module, trained: set[str]) -> dict[str, Any]:

@@ -147,16 +147,19 @@ def _by_sample(matrix: Tensor, rank: int) -> Tensor | None:
     """The value of that rank, or None where it is not between the two values that a sample gives."""
     entries = matrix.flatten()
     low, high = bracket(entries[:: sample_step(matrix)].abs(), rank / len(entries))
-    below, between = 0, []
+    below = within = 0
+    between = []
     scratch = entries.new_empty(min(_TILE_ON_CPU, len(entries)))
     for chunk in entries.split(_TILE_ON_CPU):
         magnitudes = torch.abs(chunk, out=scratch[: len(chunk)])
         lower = magnitudes < low
         below += int(lower.count_nonzero())
         inside = (magnitudes <= high).logical_xor_(lower)
-        # numpy finds the set entries of a mask several times as fast.
-        between.append(magnitudes[torch.from_numpy(inside.numpy().nonzero()[0])])
-    candidates = torch.cat(between)
-    if not below < rank <= below + len(candidates):
+        within += int(inside.count_nonzero())
+        if low < high:
+            # numpy finds the set entries of a mask several times as fast.
+            between.append(magnitudes[torch.from_numpy(inside.numpy().nonzero()[0])])
+    if not below < rank <= below + within:
         return None
-    return candidates.kthvalue(rank - below).values
+    # Entries within are equal where the two values are, as in an update that starts at zero.
+    return torch.cat(between).kthvalue(rank - below).values if between else entries.new_tensor(low)

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 
 from snell_lightning.adapters.competition import SPARSIFIERS
 from snell_lightning.adapters.errors import UserError
-from snell_lightning.adapters.kernels import KERNELS
+from snell_lightning.adapters.kernels import KERNELS, automatic_scale
 from snell_lightning.adapters.recompute import RECOMPUTE
 
-STARTS = ("random", "zero")
-_START_AT_ZERO = ("hard", "none")
+STARTS = ("auto", "zero", "random")
+# Sparsifiers whose gradient does not vanish with the update.
+_PLAIN = ("hard", "none")
+# Of the released code.
+_PUBLISHED_SCALE = 0.1
 
 
 @dataclass
@@ -27,11 +30,12 @@ class SnellConfig:
         sparsity: Fraction of each update's entries that loses the competition, in [0, 1). At 0 nothing competes and the
             update is the dense kernel, as in the released code.
         kernel: `distance` (the paper's piecewise linear distance) or `linear` (LoRA's inner product).
-        sparsifier: `magnitude` (released code), `soft` (the paper's Eq. 5), `hard` (a plain mask) or `none` (dense).
+        sparsifier: `hard` (a plain mask), `magnitude` (released code), `soft` (the paper's Eq. 5) or `none` (dense).
         pieces: Number of distances the kernel sums with alternating sign.
-        scale: Size of the distance kernel's coefficients.
-        start: `random` as published, or `zero`: an update that is exactly zero at first, for the sparsifiers `hard` and
-            `none` and, under the distance kernel, an even number of pieces.
+        scale: Size of the distance kernel's coefficients, or `auto`: by each layer's width, so that one learning rate
+            serves all (`kernels.automatic_scale`); under `magnitude` and `soft` the published 0.1.
+        start: `random` as published; `zero`, an update that is exactly zero at first, for the sparsifiers `hard` and
+            `none` and, under the distance kernel, an even number of pieces; or `auto`: zero where that can be.
         dropout: Probability of dropping an entry of the update's input, in [0, 1).
         drop_path: Probability of dropping the whole update for a sample, in [0, 1).
         recompute: What is made again in backward instead of being kept: `none`; `inputs` of the adapted layers, from
@@ -51,10 +55,10 @@ class SnellConfig:
     rank: int = 32
     sparsity: float = 0.9
     kernel: str = "distance"
-    sparsifier: str = "magnitude"
+    sparsifier: str = "hard"
     pieces: int = 2
-    scale: float = 0.1
-    start: str = "random"
+    scale: float | str = "auto"
+    start: str = "auto"
     dropout: float = 0.0
     drop_path: float = 0.0
     recompute: str = "inputs"
@@ -72,8 +76,8 @@ class SnellConfig:
         _check_choice("start", self.start, STARTS)
         if self.pieces < 1:
             raise UserError(f"pieces must be at least 1, not {self.pieces}")
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise UserError(f"scale must be a positive number, not {self.scale}")
+        if self.scale != "auto" and (isinstance(self.scale, str) or not 0 < self.scale < math.inf):
+            raise UserError(f"scale must be a positive number or auto, not {self.scale!r}")
         if self.start == "zero":
             self._check_zero_start()
         ranks = {f"rank_pattern[{pattern!r}]": rank for pattern, rank in self.rank_pattern.items()}
@@ -100,11 +104,24 @@ class SnellConfig:
             except re.error as error:
                 raise UserError(f"{pattern!r} is not a regular expression: {error}") from error
 
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether an update is exactly zero at first."""
+        if self.start != "auto":
+            return self.start == "zero"
+        return self.sparsifier in _PLAIN and (self.kernel != "distance" or self.pieces % 2 == 0)
+
+    def layer_scale(self, in_features: int) -> float:
+        """The kernel's coefficients in a layer of this width, with what is published or given in place of `auto`."""
+        if not isinstance(self.scale, str):
+            return self.scale
+        return automatic_scale(in_features, self.sparsity) if self.sparsifier in _PLAIN else _PUBLISHED_SCALE
+
     def _check_zero_start(self) -> None:
-        if self.sparsifier not in _START_AT_ZERO:
+        if self.sparsifier not in _PLAIN:
             raise UserError(
                 f"start zero has no gradient under the sparsifier {self.sparsifier}, which multiplies an update with "
-                f"its own size; set sparsifier to {' or '.join(_START_AT_ZERO)}, or start to random"
+                f"its own size; set sparsifier to {' or '.join(_PLAIN)}, or start to random"
             )
         if self.kernel == "distance" and self.pieces % 2:
             raise UserError(

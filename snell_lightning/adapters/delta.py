@@ -194,7 +194,7 @@ class SnellDelta(nn.Module):
     """A trainable, sparse update of a weight matrix `(out_features, in_features)`.
 
     Both factors start Kaiming-uniform with a = sqrt(5) over the whole tensor, as in the released code: uniform within
-    `1 / sqrt(features * rank / pieces)`. With `start: zero` the update is then made exactly zero: of the distance
+    `1 / sqrt(features * rank / pieces)`. Where the settings start at zero, the update is then made so: of the distance
     kernel every second piece begins equal to the one before it, so that their distances cancel; of the linear one P
     begins at zero, as in LoRA.
 
@@ -208,6 +208,7 @@ class SnellDelta(nn.Module):
     Attributes:
         in_factors: Parameter `(pieces, in_features, rank / pieces)`.
         out_factors: Parameter `(pieces, out_features, rank / pieces)`.
+        scale: Size of the distance kernel's coefficients.
     """
 
     def __init__(
@@ -225,16 +226,17 @@ class SnellDelta(nn.Module):
         self.in_factors = nn.Parameter(torch.empty(config.pieces, in_features, columns, device=device, dtype=dtype))
         self.out_factors = nn.Parameter(torch.empty(config.pieces, out_features, columns, device=device, dtype=dtype))
         self.sparsity = config.sparsity
+        self.scale = config.layer_scale(in_features)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw both factors anew."""
         for factors in (self.in_factors, self.out_factors):
             nn.init.kaiming_uniform_(factors, a=math.sqrt(5))
-            if self.config.start == "zero" and self.config.kernel == "distance":
+            if self.config.starts_at_zero and self.config.kernel == "distance":
                 with torch.no_grad():
                     factors[1::2] = factors[::2]
-        if self.config.start == "zero" and self.config.kernel == "linear":
+        if self.config.starts_at_zero and self.config.kernel == "linear":
             nn.init.zeros_(self.out_factors)
 
     @property
@@ -250,7 +252,7 @@ class SnellDelta(nn.Module):
     @property
     def rule(self) -> UpdateRule:
         """How the factors become the update, at the sparsity in force."""
-        return UpdateRule(self.config.kernel, self.config.scale, self.config.sparsifier, self._sparsity)
+        return UpdateRule(self.config.kernel, self.scale, self.config.sparsifier, self._sparsity)
 
     def weight(self) -> Tensor:
         """The update as applied, `(out_features, in_features)` in fp32; differentiable."""

@@ -152,6 +152,18 @@ def evaluate(kernel: str, out_factors: Tensor, in_factors: Tensor, scale: float)
     return LinearEvaluation(out_factors, in_factors)
 
 
+def automatic_scale(in_features: int, sparsity: float) -> float:
+    """The distance kernel's coefficients for `scale: auto`: `24 / (in_features (1 - sparsity)^(1/4))`.
+
+    So a layer of 384 inputs has 0.11 at sparsity 0.9. Where it comes from is in docs/what-snell-needs.md.
+
+    Args:
+        in_features: Width of the layer's input.
+        sparsity: Fraction of the entries that loses, in [0, 1).
+    """
+    return 24 / (in_features * (1 - sparsity) ** 0.25)
+
+
 def kernel_dtype(*tensors: Tensor) -> torch.dtype:
     """The type that kernels are computed in: fp32 whatever the tensors' type, fp64 where one of them is."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -21,7 +21,7 @@ def kernel_matrix(delta: SnellDelta) -> Tensor:
         return sum(p @ q.T for p, q in zip(out_factors, in_factors, strict=True))
     distances = torch.linalg.vector_norm(out_factors[:, :, None] - in_factors[:, None], dim=-1)
     signs = torch.tensor([(-1.0) ** piece for piece in range(config.pieces)], dtype=distances.dtype)
-    return config.scale * (signs[:, None, None] * distances).sum(0)
+    return delta.scale * (signs[:, None, None] * distances).sum(0)
 
 
 def quantile(matrix: Tensor, sparsity: float) -> float:

@@ -14,6 +14,7 @@ from snell_lightning.adapters.competition import (
     survivor_values_,
     threshold,
 )
+from snell_lightning.memory import StorageTracker
 
 from . import reference
 
@@ -142,6 +143,18 @@ def test_the_threshold_is_exact_where_a_sample_says_little(kind: str, sparsity: 
     assert threshold(matrix, sparsity).item() == (expected or TIED)
 
 
+def test_a_large_matrix_of_equal_entries_is_not_copied() -> None:
+    matrix = torch.zeros(512, 768)
+    with StorageTracker(matrix) as tracker, tracker.phase("selection"):
+        tau = threshold(matrix, 0.9)
+
+    assert tau.item() == TIED
+    # Beyond the matrix: the sample, a tile of magnitudes and masks.
+    assert tracker.phases["selection"].peak < 1.5 * 4 * matrix.numel() + 4 * 2**18
+    matrix[:] = 3.0
+    assert threshold(matrix, 0.9).item() == 3.0
+
+
 def test_the_threshold_is_exact_where_the_sample_misleads() -> None:
     # The sample takes every 17th entry of these, and those are all larger than the others.
     matrix = torch.rand(2**9 + 1, 2**9)
@@ -162,7 +175,7 @@ def test_sparsity_zero_and_none_are_the_dense_kernel(kernel: str) -> None:
 
 @pytest.mark.parametrize("sparsifier", COMPETING)
 def test_the_competing_set_is_made_anew_from_the_factors(sparsifier: str) -> None:
-    delta = SnellDelta(32, 24, SnellConfig(rank=6, sparsity=0.5, sparsifier=sparsifier))
+    delta = SnellDelta(32, 24, SnellConfig(rank=6, sparsity=0.5, sparsifier=sparsifier, start="random"))
     before = delta.weight() != 0
     nn.init.normal_(delta.in_factors)
 
@@ -174,7 +187,7 @@ def test_the_competing_set_is_made_anew_from_the_factors(sparsifier: str) -> Non
 
 
 def test_the_sparsity_may_be_set_while_training() -> None:
-    delta = SnellDelta(32, 24, SnellConfig(rank=6, sparsity=0.5))
+    delta = SnellDelta(32, 24, SnellConfig(rank=6, sparsity=0.5, start="random"))
 
     delta.sparsity = 0.9
 
@@ -196,8 +209,8 @@ def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
 def test_magnitude_starts_nearly_at_the_pretrained_model() -> None:
     # With scale 0.1 and a layer of ViT-B's size, initial entries of K are below 1e-2, so K|K| is below
     # 1e-4, against backbone weights of about 2e-2.
-    hard = SnellDelta(768, 768, SnellConfig(rank=8, sparsifier="hard"))
-    magnitude = SnellDelta(768, 768, SnellConfig(rank=8, sparsifier="magnitude"))
+    hard = SnellDelta(768, 768, SnellConfig(rank=8, sparsifier="hard", scale=0.1, start="random"))
+    magnitude = SnellDelta(768, 768, SnellConfig(rank=8, sparsifier="magnitude", scale=0.1))
 
     assert 1e-4 < hard.weight().abs().max() < 1e-2
     assert 0 < magnitude.weight().abs().max() < 1e-4

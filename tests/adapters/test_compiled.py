@@ -20,6 +20,7 @@ from tests.adapters.reference import relative_error
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler here, so torch's operations are used"
 )
+PUBLISHED = {"sparsifier": "magnitude", "scale": 0.1, "start": "random"}
 SHAPES = [(5, 7), (33, 31), (64, 200), (700, 260), (512, 768)]
 
 
@@ -32,7 +33,7 @@ def by_torch(patch: pytest.MonkeyPatch, method: Callable[..., Any], *arguments: 
 
 def factors_and_rule(shape: tuple[int, int], **settings: object) -> tuple[Tensor, Tensor, UpdateRule]:
     torch.manual_seed(0)
-    delta = SnellDelta(shape[1], shape[0], SnellConfig(**{"rank": 8, "sparsity": 0.8, **settings}))
+    delta = SnellDelta(shape[1], shape[0], SnellConfig(**{**PUBLISHED, "rank": 8, "sparsity": 0.8, **settings}))
     return delta.out_factors.detach(), delta.in_factors.detach(), delta.rule
 
 

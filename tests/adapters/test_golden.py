@@ -28,7 +28,7 @@ def test_values_and_gradients_equal_the_reference_implementation(case: str, spar
     linear = nn.Linear(32, 56)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
-    layer = SnellLinear(linear, SnellConfig(rank=6, pieces=2, scale=0.1, sparsity=sparsity))
+    layer = SnellLinear(linear, SnellConfig(rank=6, pieces=2, scale=0.1, sparsity=sparsity, sparsifier="magnitude"))
     (delta,) = layer.deltas
     delta.in_factors.data.copy_(golden("in_factors"))
     delta.out_factors.data.copy_(golden("out_factors"))

@@ -484,7 +484,7 @@ class TestLowPrecision:
     @pytest.mark.parametrize("noise", [0.0, 0.3])
     @pytest.mark.parametrize("dtype", LOW_PRECISIONS)
     def test_a_small_update_of_a_zero_weight_is_the_fp32_one(self, dtype: torch.dtype, noise: float) -> None:
-        layer = make_layer(64, 48, scale=1e-4, bias=False, dropout=noise, drop_path=noise)
+        layer = make_layer(64, 48, scale=1e-7, bias=False, dropout=noise, drop_path=noise)
         nn.init.zeros_(layer.weight)
         x = torch.randn(256, 64).to(dtype).float()
         assert layer.deltas[0].weight().abs().max() < 1e-6

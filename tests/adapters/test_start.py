@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from snell_lightning.adapters import SnellConfig, SnellDelta, SnellLinear, UserError, compiled
+from snell_lightning.adapters import SnellConfig, SnellDelta, SnellLinear, UserError, compiled, inject
 
 SHAPES = [(5, 7), (64, 200), (512, 768)]
 ZERO = {"rank": 8, "start": "zero", "scale": 1.0}
@@ -83,7 +83,7 @@ def test_pieces_that_start_equal_go_apart() -> None:
 
 def test_a_random_start_draws_what_is_published() -> None:
     torch.manual_seed(0)
-    delta = SnellDelta(200, 100, SnellConfig(rank=8))
+    delta = SnellDelta(200, 100, SnellConfig(rank=8, start="random"))
     torch.manual_seed(0)
     expected = nn.init.kaiming_uniform_(torch.empty(2, 200, 4), a=5**0.5)
 
@@ -96,9 +96,63 @@ def test_a_random_start_draws_what_is_published() -> None:
         ({"sparsifier": "magnitude"}, "start zero has no gradient under the sparsifier magnitude.*hard or none"),
         ({"sparsifier": "soft"}, "start zero has no gradient under the sparsifier soft"),
         ({"sparsifier": "hard", "pieces": 1}, "start zero needs an even number of pieces.*not 1"),
-        ({"sparsifier": "hard", "start": "zeros"}, "start must be one of random, zero, not 'zeros'; did you mean zero"),
+        (
+            {"sparsifier": "hard", "start": "zeros"},
+            "start must be one of auto, zero, random, not 'zeros'; did you mean zero",
+        ),
     ],
 )
 def test_a_zero_start_that_cannot_be_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SnellConfig(**{**ZERO, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "zero"),
+    [
+        ({}, True),
+        ({"sparsifier": "none"}, True),
+        ({"kernel": "linear", "pieces": 1, "rank": 3}, True),
+        ({"sparsifier": "magnitude"}, False),
+        ({"sparsifier": "soft"}, False),
+        ({"pieces": 1}, False),
+        ({"start": "random"}, False),
+    ],
+)
+def test_by_default_an_update_starts_at_zero_where_that_can_be(settings: dict[str, object], zero: bool) -> None:
+    delta = SnellDelta(40, 30, SnellConfig(**{"rank": 8, **settings}))
+
+    assert delta.config.starts_at_zero == zero
+    assert bool(delta.weight().any()) != zero
+
+
+def test_the_automatic_scale_depends_on_width_and_density() -> None:
+    wide, narrow, sparser = (
+        SnellDelta(width, 30, SnellConfig(rank=rank, sparsity=sparsity)).scale
+        for width, rank, sparsity in [(384, 8, 0.0), (96, 32, 0.0), (384, 8, 1 - 1 / 16)]
+    )
+
+    assert wide == pytest.approx(24 / 384)
+    assert narrow == pytest.approx(4 * wide)  # A quarter of the width; the rank has no say.
+    assert sparser == pytest.approx(2 * wide)  # A sixteenth of the entries.
+
+
+@pytest.mark.parametrize("sparsifier", ["magnitude", "soft"])
+def test_sparsifiers_of_the_method_keep_the_published_scale(sparsifier: str) -> None:
+    assert SnellDelta(384, 30, SnellConfig(sparsifier=sparsifier)).scale == 0.1
+    assert SnellDelta(384, 30, SnellConfig(sparsifier=sparsifier, scale=0.5)).scale == 0.5
+
+
+def test_a_pattern_of_sparsities_gives_each_layer_its_scale() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+
+    inject(model, SnellConfig(rank=4, sparsity=0.0, targets=["."], sparsity_pattern={"1": 1 - 1 / 16}))
+
+    first, second = (layer.deltas[0].scale for layer in model)
+    assert second == pytest.approx(2 * first)
+
+
+@pytest.mark.parametrize("scale", ["large", 0, -1.0, float("inf")])
+def test_a_scale_that_is_none_is_refused(scale: object) -> None:
+    with pytest.raises(UserError, match="scale must be a positive number or auto, not"):
+        SnellConfig(scale=scale)

@@ -189,7 +189,8 @@ def test_holds_what_the_table_says(row: Row, caplog: pytest.LogCaptureFixture) -
             nn.init.normal_(module.out_factors)
     for name in names:
         layer = model.get_submodule(name)
-        layer.config.scale = 0.2 * layer.weight.std().item() if layer.weight.numel() > 1 else 0.1
+        for delta in layer.deltas:
+            delta.scale = 0.2 * layer.weight.std().item() if layer.weight.numel() > 1 else 0.1
     model.train()
     found = {}
     for setting in RECOMPUTE:

@@ -14,7 +14,9 @@ from snell_lightning.adapters import SnellConfig, SnellLinear
 def make_pair(slices: int = 1, sparsity: float = 0.9, **noise: float) -> tuple[SnellLinear, StraightforwardLinear]:
     """A layer of 40 inputs and 48 outputs both ways, with the same updates, which are as large as its weights."""
     linear = nn.Linear(40, 48)
-    layer = SnellLinear(copy.deepcopy(linear), SnellConfig(rank=8, sparsity=sparsity, scale=1.0), slices)
+    layer = SnellLinear(
+        copy.deepcopy(linear), SnellConfig(rank=8, sparsity=sparsity, scale=1.0, sparsifier="magnitude"), slices
+    )
     for factors in layer.deltas.parameters():
         nn.init.normal_(factors)
     plain = StraightforwardLinear(linear, 8, sparsity, slices, scale=1.0, **{"dropout": 0.0, **noise})
