@@ -1,7 +1,7 @@
 """One training run of `benchmarks.accuracy` and `benchmarks.rates`: the same plain loop for every method.
 
 AdamW over what the method trains, with weight decay 0.01 on matrices, batches of 16 in an order that the seed gives, a
-learning rate that rises for a tenth of the steps and falls along a cosine to zero. After each epoch the validation
+learning rate that rises and then falls along a cosine to zero, as `vit.yaml` has it. After each epoch the validation
 images are scored; what the best epoch trained is kept.
 """
 
@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.tasks import Split
+from snell_lightning.schedule import long_enough, warmup_cosine
 
 BATCH = 16
-WARMUP = 0.1
+WARMUP = 0.1  # of all steps
 WEIGHT_DECAY = 0.01
 
 
@@ -61,15 +62,7 @@ def train(model: nn.Module, data: dict[str, Split], rate: float, epochs: int, se
     optimizer = torch.optim.AdamW(groups, lr=rate)
     images, labels = data["train"].images, data["train"].labels
     steps = epochs * (len(labels) // BATCH)
-    rising = max(1, round(WARMUP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            (step + 1) / rising
-            if step < rising
-            else 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-        ),
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(steps, long_enough(WARMUP, steps), 0.0, 0.0))
     accuracy: list[float] = []
     losses: list[float] = []
     best: dict[str, Tensor] = {}

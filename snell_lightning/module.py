@@ -43,6 +43,7 @@ from snell_lightning.adapters import (
 )
 from snell_lightning.adapters.names import plain_name
 from snell_lightning.backbones import EMBEDDED_BACKBONE
+from snell_lightning.schedule import long_enough, warmup_cosine
 from snell_lightning.thin import complete, thin_out
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class ImageClassifier(LightningModule):
         adapter: What is tuned and how; null trains the head alone (a linear probe).
         adapter_file: An adapter file to start from, or to test or predict with. On the command line its settings hold.
         optimizer: Makes the optimizer from parameter groups.
-        warmup: Fraction of all steps in which the learning rate rises linearly from `warmup_lr`, in [0, 1).
+        warmup: Fraction of all steps in which the learning rate rises linearly from `warmup_lr`, in [0, 1). Unless it
+            is 0, at least 20 steps, or half of a run that has fewer than 40.
         warmup_lr: Learning rate of the first step.
         min_lr: Learning rate at the end of the cosine, which starts where the warm-up ends.
         layer_decay: Factor on the learning rate from each layer of the backbone to the one before it, in (0, 1].
@@ -287,7 +289,8 @@ class ImageClassifier(LightningModule):
         if math.isinf(steps):
             raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         base = max(float(group["lr"]) for group in optimizer.param_groups)
-        schedule = warmup_cosine(int(steps), self.warmup, self.warmup_lr / base, self.min_lr / base)
+        warmup = long_enough(self.warmup, int(steps))
+        schedule = warmup_cosine(int(steps), warmup, self.warmup_lr / base, self.min_lr / base)
         self._schedule = scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         self._configured = [
             {key: value for key, value in group.items() if key not in ("params", "lr")}
@@ -464,24 +467,6 @@ def check_training_settings(
     _check_range("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1")
     _check_range("mixup", mixup, mixup >= 0, "at least 0")
     _check_range("cutmix", cutmix, cutmix >= 0, "at least 0")
-
-
-def warmup_cosine(steps: int, warmup: float, start: float, end: float) -> Callable[[int], float]:
-    """The learning rate's factor at each step: linear from `start` to 1, then half a cosine down to `end`.
-
-    For example 10 steps with `warmup=0.2`, `start=0`, `end=0` give 0, 0.5, 1, then fall to 0 at step 10. A `start` or
-    `end` above 1 counts as 1.
-    """
-    rising = round(warmup * steps)
-    start, end = min(start, 1.0), min(end, 1.0)
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return start + (1 - start) * step / rising
-        progress = min(1.0, (step - rising) / max(1, steps - rising))
-        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor
 
 
 def _mix(mixup: float, cutmix: float, label_smoothing: float, num_classes: int) -> "Mixup":

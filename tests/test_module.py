@@ -16,7 +16,7 @@ from snell_lightning import ImageClassifier, SnellConfig, UserError
 from snell_lightning.adapters import adapter_parameters, adapter_state_dict
 from snell_lightning.adapters.delta import UpdateRule
 from snell_lightning.callbacks import AdapterCheckpoint
-from snell_lightning.module import warmup_cosine
+from snell_lightning.schedule import long_enough, warmup_cosine
 
 SMALL = SnellConfig(rank=2, targets=[r"attn\.qkv"])
 
@@ -85,6 +85,14 @@ def test_no_start_or_end_above_the_rate_itself_and_no_division_by_zero_in_the_sh
     assert [warmup_cosine(4, 0.5, 3.0, 2.0)(step) for step in range(5)] == pytest.approx([1.0] * 5)
     assert warmup_cosine(1, 0.99, 0.5, 0.0)(0) == 0.5
     assert warmup_cosine(0, 0.1, 0.5, 0.0)(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "expected"), [(0.1, 1000, 0.1), (0.1, 100, 0.2), (0.3, 50, 0.4), (0.1, 10, 0.5), (0.0, 10, 0.0)]
+)
+def test_a_warm_up_is_no_shorter_than_twenty_steps_or_half_the_run(warmup: float, steps: int, expected: float) -> None:
+    assert long_enough(warmup, steps) == pytest.approx(expected)
+    assert long_enough(0.1, 0) == 0.1
 
 
 def test_the_rate_changes_every_step_between_the_bounds_that_are_set(tmp_path: Path) -> None:
