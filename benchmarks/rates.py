@@ -126,10 +126,10 @@ def table(found: Mapping[Curve, Mapping[str, Any]]) -> str:
     for setting in SETTINGS:
         best = [lowest(RATES, result["val/loss"]) for curve, result in found.items() if curve.setting == setting]
         if best:
-            lines += [
-                "",
-                f"{setting}: best rates from {min(best):.1e} to {max(best):.1e}, {max(best) / min(best):.1f} apart.",
-            ]
+            low, high = min(best), max(best)
+            middle = math.sqrt(low * high)
+            around = f"all within a factor of {math.sqrt(high / low):.1f} of {middle:.1e}"
+            lines += ["", f"{setting}: best rates from {low:.1e} to {high:.1e}, {around}."]
     return "\n".join(lines) + "\n"
 
 

@@ -33,7 +33,7 @@ def test_the_table_names_what_diverged_and_how_far_the_best_rates_are_apart() ->
 
     assert text.count("diverged") == 1
     assert "3.000 diverged" in text
-    assert "default: best rates from 1.5e-03 to 3.0e-03, a factor of 2.0." in text
+    assert "default: best rates from 1.5e-03 to 3.0e-03, all within a factor of 1.4 of 2.1e-03." in text
 
 
 def test_a_curve_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
