@@ -32,8 +32,9 @@ class SnellConfig:
         kernel: `distance` (the paper's piecewise linear distance) or `linear` (LoRA's inner product).
         sparsifier: `hard` (a plain mask), `magnitude` (released code), `soft` (the paper's Eq. 5) or `none` (dense).
         pieces: Number of distances the kernel sums with alternating sign.
-        scale: Size of the distance kernel's coefficients, or `auto`: by each layer's width, so that one learning rate
-            serves all (`kernels.automatic_scale`); under `magnitude` and `soft` the published 0.1.
+        scale: Size of the distance kernel's coefficients, or `auto`: by width, rank, sparsity and number of layers, so
+            that one learning rate serves all (`kernels.automatic_scale`); under `magnitude` and `soft` the published
+            0.1.
         start: `random` as published; `zero`, an update that is exactly zero at first, for the sparsifiers `hard` and
             `none` and, under the distance kernel, an even number of pieces; or `auto`: zero where that can be.
         dropout: Probability of dropping an entry of the update's input, in [0, 1).
@@ -111,11 +112,13 @@ class SnellConfig:
             return self.start == "zero"
         return self.sparsifier in _PLAIN and (self.kernel != "distance" or self.pieces % 2 == 0)
 
-    def layer_scale(self, in_features: int) -> float:
-        """The kernel's coefficients in a layer of this width, with what is published or given in place of `auto`."""
+    def layer_scale(self, in_features: int, layers: int) -> float:
+        """The kernel's coefficients in a layer of this width, one of so many that are adapted."""
         if not isinstance(self.scale, str):
             return self.scale
-        return automatic_scale(in_features, self.sparsity) if self.sparsifier in _PLAIN else _PUBLISHED_SCALE
+        if self.sparsifier not in _PLAIN:
+            return _PUBLISHED_SCALE
+        return automatic_scale(in_features, self.rank, self.sparsity, layers)
 
     def _check_zero_start(self) -> None:
         if self.sparsifier not in _PLAIN:

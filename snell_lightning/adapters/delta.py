@@ -204,6 +204,7 @@ class SnellDelta(nn.Module):
         config: Rank, sparsity, kernel, sparsifier, pieces and scale.
         device: Where the factors live.
         dtype: Type of the factors; fp32 unless there is a reason.
+        layers: Number of layers that are adapted with this one, for the automatic scale.
 
     Attributes:
         in_factors: Parameter `(pieces, in_features, rank / pieces)`.
@@ -218,6 +219,7 @@ class SnellDelta(nn.Module):
         config: SnellConfig,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        layers: int = 1,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -226,7 +228,7 @@ class SnellDelta(nn.Module):
         self.in_factors = nn.Parameter(torch.empty(config.pieces, in_features, columns, device=device, dtype=dtype))
         self.out_factors = nn.Parameter(torch.empty(config.pieces, out_features, columns, device=device, dtype=dtype))
         self.sparsity = config.sparsity
-        self.scale = config.layer_scale(in_features)
+        self.scale = config.layer_scale(in_features, layers)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

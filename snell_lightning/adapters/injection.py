@@ -89,7 +89,8 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
         parameter.requires_grad_(id(parameter) in head_parameters or name in extra)
     freeze_statistics(model)
     adapted = {
-        id(layer): SnellLinear(layer, layer_config(name, config), parts[name] or 1) for name, layer in targets.items()
+        id(layer): SnellLinear(layer, layer_config(name, config), parts[name] or 1, len(targets))
+        for name, layer in targets.items()
     }
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):

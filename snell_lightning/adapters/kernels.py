@@ -13,6 +13,7 @@ factors in closed form; autograd records nothing. Callers run all of it under `f
 Source: SNELL (arXiv 2411.01800), section 3; the coefficients are those of its released code.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -152,16 +153,19 @@ def evaluate(kernel: str, out_factors: Tensor, in_factors: Tensor, scale: float)
     return LinearEvaluation(out_factors, in_factors)
 
 
-def automatic_scale(in_features: int, sparsity: float) -> float:
-    """The distance kernel's coefficients for `scale: auto`: `24 / (in_features (1 - sparsity)^(1/4))`.
+def automatic_scale(in_features: int, rank: int, sparsity: float, layers: int) -> float:
+    """The distance kernel's coefficients: `240 / (in_features sqrt(rank layers (1 - sparsity)))`.
 
-    So a layer of 384 inputs has 0.11 at sparsity 0.9. Where it comes from is in docs/what-snell-needs.md.
+    So at rank 8 and sparsity 0.9 the 48 layers of a ViT with 12 blocks have 0.1 where they have 384 inputs. Where it
+    comes from is in docs/what-snell-needs.md.
 
     Args:
         in_features: Width of the layer's input.
+        rank: Columns of the factors, over all pieces.
         sparsity: Fraction of the entries that loses, in [0, 1).
+        layers: Number of layers that are adapted.
     """
-    return 24 / (in_features * (1 - sparsity) ** 0.25)
+    return 240 / (in_features * math.sqrt(rank * layers * (1 - sparsity)))
 
 
 def kernel_dtype(*tensors: Tensor) -> torch.dtype:

@@ -38,12 +38,15 @@ class SnellLinear(nn.Module):
         config: Settings of the updates.
         slices: The projections that the layer holds, each with an update of its own: their number, if they are equal
             row blocks, such as 3 for a fused qkv, the top block first; or the rows of each, in the updates' order.
+        layers: Number of layers that are adapted with this one, for the automatic scale.
 
     Raises:
         UserError: The layer is of another kind, or its outputs cannot be divided so.
     """
 
-    def __init__(self, linear: nn.Module, config: SnellConfig, slices: int | Sequence[Sequence[int]] = 1) -> None:
+    def __init__(
+        self, linear: nn.Module, config: SnellConfig, slices: int | Sequence[Sequence[int]] = 1, layers: int = 1
+    ) -> None:
         super().__init__()
         reason = why_not_adaptable(linear)
         if reason:
@@ -55,7 +58,9 @@ class SnellLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.requires_grad_(False)
         device = linear.weight.device
-        self.deltas = nn.ModuleList(SnellDelta(self.in_features, rows, config, device=device) for rows in sizes)
+        self.deltas = nn.ModuleList(
+            SnellDelta(self.in_features, rows, config, device=device, layers=layers) for rows in sizes
+        )
         # Where updates do not lie one below the other: the row of the weight that each row of theirs belongs to.
         self._sizes = sizes
         self.register_buffer("_order", None if order is None else order.to(device), persistent=False)

@@ -126,15 +126,26 @@ def test_by_default_an_update_starts_at_zero_where_that_can_be(settings: dict[st
     assert bool(delta.weight().any()) != zero
 
 
-def test_the_automatic_scale_depends_on_width_and_density() -> None:
-    wide, narrow, sparser = (
-        SnellDelta(width, 30, SnellConfig(rank=rank, sparsity=sparsity)).scale
-        for width, rank, sparsity in [(384, 8, 0.0), (96, 32, 0.0), (384, 8, 1 - 1 / 16)]
-    )
+def test_the_automatic_scale_depends_on_width_rank_density_and_the_number_of_layers() -> None:
+    def scale(width: int, rank: int, sparsity: float, layers: int) -> float:
+        return SnellDelta(width, 30, SnellConfig(rank=rank, sparsity=sparsity), layers=layers).scale
 
-    assert wide == pytest.approx(24 / 384)
-    assert narrow == pytest.approx(4 * wide)  # A quarter of the width; the rank has no say.
-    assert sparser == pytest.approx(2 * wide)  # A sixteenth of the entries.
+    usual = scale(384, 8, 0.9, 48)
+
+    assert usual == pytest.approx(0.1, rel=0.01)
+    assert scale(96, 8, 0.9, 48) == pytest.approx(4 * usual)
+    halves = [scale(384, 32, 0.9, 48), scale(384, 8, 0.6, 48), scale(384, 8, 0.9, 192)]
+    assert halves == pytest.approx([usual / 2] * 3)
+
+
+def test_every_layer_that_is_adapted_counts_for_the_scale() -> None:
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+
+    inject(model, SnellConfig(rank=4, targets=["."], exclude=["3"]))
+
+    assert [layer.deltas[0].scale for layer in model[:3]] == [
+        SnellDelta(32, 8, SnellConfig(rank=4), layers=3).scale
+    ] * 3
 
 
 @pytest.mark.parametrize("sparsifier", ["magnitude", "soft"])
@@ -146,7 +157,7 @@ def test_sparsifiers_of_the_method_keep_the_published_scale(sparsifier: str) -> 
 def test_a_pattern_of_sparsities_gives_each_layer_its_scale() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
 
-    inject(model, SnellConfig(rank=4, sparsity=0.0, targets=["."], sparsity_pattern={"1": 1 - 1 / 16}))
+    inject(model, SnellConfig(rank=4, sparsity=0.0, targets=["."], sparsity_pattern={"1": 0.75}))
 
     first, second = (layer.deltas[0].scale for layer in model)
     assert second == pytest.approx(2 * first)
