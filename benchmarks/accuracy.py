@@ -161,24 +161,11 @@ def _bytes(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -
 
 
 def _in_a_process(run: Run, test: bool) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.accuracy",
-        "--run",
-        run.task,
-        run.method,
-        repr(run.rate),
-        str(run.seed),
-    ]
+    """Perform a run in a process of its own with one thread."""
+    command = [sys.executable, "-m", "benchmarks.accuracy", *(["--test"] if test else [])]
+    command += ["--run", run.task, run.method, repr(run.rate), str(run.seed)]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *(["--test"] if test else [])],
-        cwd=ROOT,
-        env={**os.environ, **threads},
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{run} failed:\n{done.stderr}")
 

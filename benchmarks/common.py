@@ -91,9 +91,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Write one run as JSON, numbers in a row."""
+    """Write one run as JSON, numbers in a row; a file of that name is replaced once the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_json(result) + "\n", encoding="utf-8")
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(_json(result) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def print_table(
