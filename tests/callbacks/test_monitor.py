@@ -43,7 +43,9 @@ def recorder(tmp_path: Path) -> Recorder:
 
 def test_zeros_are_counted_in_the_updates_as_applied() -> None:
     torch.manual_seed(0)
-    updates = [SnellDelta(10, 6, SnellConfig(rank=2, sparsity=sparsity)) for sparsity in (0.0, 0.5, 0.9)]
+    updates = [
+        SnellDelta(10, 6, SnellConfig(rank=2, sparsity=sparsity, start="random")) for sparsity in (0.0, 0.5, 0.9)
+    ]
     # Of 60 entries the threshold is the k-th smallest, k = floor(s * 59) + 1, and what is not above it is zero; at
     # sparsity 0 nothing competes.
     assert [int(count_zeros([update])) for update in updates] == [0, 30, 54]

@@ -196,7 +196,7 @@ class TestD7WhatACheckpointHolds:
         assert (done.status, done.errors) == (0, [])
         (line,) = (line for line in done.err.splitlines() if "was made with" in line)
         assert line == (
-            f"{LAST} was made with model.adapter.rank 2 (not 4), model.optimizer.lr 0.005 (not 0.007), model.warmup "
+            f"{LAST} was made with model.adapter.rank 2 (not 4), model.optimizer.lr 0.003 (not 0.007), model.warmup "
             "0.1 (not 0.3), data.augmentation light (not none); its values hold, unless given on the command line"
         )
 
