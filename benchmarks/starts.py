@@ -60,7 +60,7 @@ class Subtracted(SnellDelta):
         return _paired(self.p, self.p0)
 
     @property
-    def in_factors(self) -> Tensor:  # type: ignore[override]
+    def in_factors(self) -> Tensor:  # type: ignore[override]  # likewise
         """`(2 pieces, in, columns)`."""
         return _paired(self.q, self.q0)
 
