@@ -20,9 +20,6 @@ these folders. Each run is a process of its own with a single thread, and --work
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy_table import collect, markdown, picture
-from benchmarks.common import RESULTS, ROOT, environment, write_result
+from benchmarks.common import RESULTS, environment, in_a_process, write_result
 from benchmarks.methods import Backbone, Settings, Subject, make_model, parse_variants
 from benchmarks.pretrained import CACHE, folder
 from benchmarks.step import counted_step
@@ -162,12 +159,8 @@ def _bytes(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -
 
 def _in_a_process(run: Run, test: bool) -> None:
     """Perform a run in a process of its own with one thread."""
-    command = [sys.executable, "-m", "benchmarks.accuracy", *(["--test"] if test else [])]
-    command += ["--run", run.task, run.method, repr(run.rate), str(run.seed)]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{run} failed:\n{done.stderr}")
+    chosen = ("--run", run.task, run.method, repr(run.rate), str(run.seed))
+    in_a_process("benchmarks.accuracy", *chosen, *(["--test"] if test else []))
 
 
 def in_processes(runs: Sequence[Run], test: bool, workers: int) -> None:

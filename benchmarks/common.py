@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -65,6 +66,19 @@ def in_turns(jobs: Mapping[str, Callable[[], T]], rounds: int, warmup: int = 1) 
             if turn >= warmup:
                 results[name].append(result)
     return results
+
+
+def in_a_process(module: str, *arguments: str) -> None:
+    """Run a script in a process of its own with one thread, so that several of them do not get in each other's way.
+
+    Raises:
+        RuntimeError: It failed; with what it wrote on standard error.
+    """
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[2:])} failed:\n{done.stderr}")
 
 
 def median(values: Sequence[float]) -> float:

@@ -20,9 +20,6 @@ import argparse
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +29,7 @@ from typing import Any
 import timm
 import torch
 
-from benchmarks.common import RESULTS, ROOT, environment, write_result
+from benchmarks.common import RESULTS, environment, in_a_process, write_result
 from benchmarks.methods import Backbone, Settings, make_model, parse_variants
 from benchmarks.pretrained import BACKBONES, folder
 from benchmarks.tasks import TASKS, splits
@@ -42,7 +39,7 @@ from snell_lightning.backbones.embedded import EMBEDDED_BACKBONE
 FOLDER = RESULTS / "rates"
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
 SETTINGS = {"default": "", "published": ":scale=0.1:sparsifier=magnitude:start=random"}
-# Backbone, image size, mean and standard deviation of the pixels, by width.
+# Backbone and image size by width.
 WIDTHS = {144: (EMBEDDED_BACKBONE, 32), 384: ("vit_small_patch14_dinov2", 56)}
 RANKS, SPARSITIES, EPOCHS = (8, 32), (0.5, 0.9), (2, 6)
 CLASSES = 10
@@ -171,10 +168,7 @@ def report() -> None:
 
 
 def _in_a_process(curve: Curve) -> None:
-    command = [sys.executable, "-m", "benchmarks.rates", "--curve", json.dumps(asdict(curve))]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{curve} failed:\n{done.stderr}")
+    in_a_process("benchmarks.rates", "--curve", json.dumps(asdict(curve)))
     print(curve, json.loads(curve.path.read_text(encoding="utf-8"))["val/loss"], flush=True)
 
 

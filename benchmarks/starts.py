@@ -55,12 +55,12 @@ class Subtracted(SnellDelta):
         self.register_buffer("q0", self.q.detach().clone())
 
     @property
-    def out_factors(self) -> Tensor:  # type: ignore[override]  # made from parameters, not one itself
+    def out_factors(self) -> Tensor:
         """`(2 pieces, out, columns)`."""
         return _paired(self.p, self.p0)
 
     @property
-    def in_factors(self) -> Tensor:  # type: ignore[override]  # likewise
+    def in_factors(self) -> Tensor:
         """`(2 pieces, in, columns)`."""
         return _paired(self.q, self.q0)
 

@@ -79,8 +79,8 @@ class SnellConfig:
             raise UserError(f"pieces must be at least 1, not {self.pieces}")
         if self.scale != "auto" and (isinstance(self.scale, str) or not 0 < self.scale < math.inf):
             raise UserError(f"scale must be a positive number or auto, not {self.scale!r}")
-        if self.start == "zero":
-            self._check_zero_start()
+        if self.start == "zero" and (reason := self._why_not_zero()):
+            raise UserError(reason)
         ranks = {f"rank_pattern[{pattern!r}]": rank for pattern, rank in self.rank_pattern.items()}
         for where, rank in {"rank": self.rank, **ranks}.items():
             _check_rank(where, rank, self.pieces)
@@ -108,9 +108,7 @@ class SnellConfig:
     @property
     def starts_at_zero(self) -> bool:
         """Whether an update is exactly zero at first."""
-        if self.start != "auto":
-            return self.start == "zero"
-        return self.sparsifier in _PLAIN and (self.kernel != "distance" or self.pieces % 2 == 0)
+        return self.start == "zero" or (self.start == "auto" and self._why_not_zero() is None)
 
     def layer_scale(self, in_features: int, layers: int) -> float:
         """The kernel's coefficients in a layer of this width, one of so many that are adapted."""
@@ -120,16 +118,16 @@ class SnellConfig:
             return _PUBLISHED_SCALE
         return automatic_scale(in_features, self.rank, self.sparsity, layers)
 
-    def _check_zero_start(self) -> None:
+    def _why_not_zero(self) -> str | None:
+        """Why an update cannot start at zero; None where it can."""
         if self.sparsifier not in _PLAIN:
-            raise UserError(
+            return (
                 f"start zero has no gradient under the sparsifier {self.sparsifier}, which multiplies an update with "
                 f"its own size; set sparsifier to {' or '.join(_PLAIN)}, or start to random"
             )
         if self.kernel == "distance" and self.pieces % 2:
-            raise UserError(
-                f"start zero needs an even number of pieces, whose distances cancel in pairs, not {self.pieces}"
-            )
+            return f"start zero needs an even number of pieces, whose distances cancel in pairs, not {self.pieces}"
+        return None
 
 
 def check_fraction(where: str, value: float) -> None:
