@@ -193,9 +193,9 @@ def everything(tasks: Sequence[str], methods: Sequence[str], seeds: int, workers
                 Run(task, method, rate, 0).state.unlink(missing_ok=True)
 
 
-def report(tasks: Sequence[str], methods: Sequence[str]) -> None:
+def report(tasks: Sequence[str], methods: Sequence[str], seeds: int) -> None:
     """Print the table of these tasks and methods; where it is of all of them, write it, and the picture."""
-    found = collect(FOLDER, tasks, methods)
+    found = collect(FOLDER, tasks, methods, seeds)
     text = markdown(found, tasks, OURS, THEIRS)
     print(text)
     if list(tasks) == list(TASKS) and list(methods) == list(METHODS):
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"there is no {', '.join(sorted(unknown))} among the {kind}: {', '.join(known)}")
     if not arguments.table:
         everything(names["tasks"], names["methods"], arguments.seeds, arguments.workers)
-    report(names["tasks"], names["methods"])
+    report(names["tasks"], names["methods"], arguments.seeds)
 
 
 if __name__ == "__main__":

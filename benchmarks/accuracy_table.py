@@ -14,13 +14,14 @@ from typing import Any
 MIB = 2**20
 
 
-def collect(folder: Path, tasks: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+def collect(folder: Path, tasks: Sequence[str], methods: Sequence[str], seeds: int) -> dict[str, dict[str, Any]]:
     """What the runs say by method and task; a task that a method has not finished is left out there.
 
     Args:
         folder: With a folder for each task.
         tasks: Names.
         methods: Names.
+        seeds: How many of them make a task finished.
 
     Returns:
         Of each method and task the rate, the test accuracies by seed, the trained parameters and the peak in bytes.
@@ -36,7 +37,10 @@ def collect(folder: Path, tasks: Sequence[str], methods: Sequence[str]) -> dict[
             row["test/acc1"][result["seed"]] = result["test/acc1"]
             if "bytes" in result:
                 row["peak"], row["trained"] = result["bytes"]["peak"], result["trained_parameters"]
-    return found
+    return {
+        method: {task: row for task, row in rows.items() if len(row["test/acc1"]) >= seeds and "peak" in row}
+        for method, rows in found.items()
+    }
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -76,7 +80,7 @@ def verdict(found: Mapping[str, Mapping[str, Any]], ours: str, theirs: str, task
 def markdown(found: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], ours: str, theirs: str) -> str:
     """The table as text; methods that have not finished a task show nothing there, and no mean."""
     lines = []
-    if all(task in found[method] for method in (ours, theirs) for task in tasks):
+    if all(task in found.get(method, {}) for method in (ours, theirs) for task in tasks):
         lines += [verdict(found, ours, theirs, tasks), ""]
     lines.append("Test accuracy in %: mean and standard error over seeds, the learning rate in brackets. Peaks in MiB.")
     header = ["method", *tasks, "mean", *(f"peak, {task}" for task in tasks)]
@@ -85,7 +89,7 @@ def markdown(found: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], ours:
         cells = [_cell(rows.get(task)) for task in tasks]
         done = all(task in rows for task in tasks)
         mean, error = over_tasks(rows, tasks) if done else (math.nan, math.nan)
-        peaks = [f"{rows[task]['peak'] / MIB:.0f}" if "peak" in rows.get(task, {}) else "" for task in tasks]
+        peaks = [f"{rows[task]['peak'] / MIB:.0f}" if task in rows else "" for task in tasks]
         whole = f"{100 * mean:.1f} ± {100 * error:.1f}" if done else ""
         lines.append(f"| {method} | {' | '.join(cells)} | {whole} | {' | '.join(peaks)} |")
     return "\n".join(lines) + "\n"
@@ -107,7 +111,7 @@ def picture(found: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], path: 
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for method, rows in found.items():
-        if not all(task in rows and "peak" in rows[task] for task in tasks):
+        if not all(task in rows and task in found["full"] for task in tasks):
             continue
         memory = statistics.mean(rows[task]["peak"] / found["full"][task]["peak"] for task in tasks)
         mean, error = over_tasks(rows, tasks)

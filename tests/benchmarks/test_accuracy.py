@@ -45,6 +45,11 @@ def test_runs_are_chosen_on_validation_and_scored_once_on_test(small: Path, caps
     assert len(results) == 2 * (3 + 1)
     assert not list((small / "cache").rglob("*.pt"))
 
+    found = accuracy_table.collect(small / "results", ["small"], list(METHODS), seeds=2)
+    assert all(len(rows["small"]["test/acc1"]) == 2 for rows in found.values())
+    unfinished = accuracy_table.collect(small / "results", ["small"], list(METHODS), seeds=3)
+    assert list(unfinished.values()) == [{}, {}]
+
     capsys.readouterr()
     accuracy.everything(["small"], list(METHODS), seeds=2, workers=1)
     assert capsys.readouterr().out == ""  # Nothing is done twice.
@@ -95,5 +100,6 @@ def test_means_errors_and_the_first_line() -> None:
     assert text.startswith(
         "ours is above theirs on the mean over 2 tasks (+5.0 points, standard error 3.5), at 1.00 of"
     )
+    assert "is above" not in accuracy_table.markdown(found, names, "ours", "another")
     del found["ours"]["task1"]
     assert "is above" not in accuracy_table.markdown(found, names, "ours", "theirs")
