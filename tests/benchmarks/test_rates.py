@@ -36,7 +36,7 @@ def test_the_table_names_what_diverged_and_how_far_the_best_rates_are_apart() ->
     assert "default: best rates from 1.5e-03 to 3.0e-03, all within a factor of 1.4 of 2.1e-03." in text
 
 
-def test_a_curve_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_curve_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "FOLDER", tmp_path)
     monkeypatch.setattr(rates, "RATES", (1e-3, 2e-3))
     curve = Curve("default", 144, 8, 0.9, 1)
@@ -46,5 +46,12 @@ def test_a_curve_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.Monke
     result = json.loads(curve.path.read_text())
     assert (result["steps"], result["width"]) == (18, 144)
     assert all(0 < loss < math.log(10) for loss in result["val/loss"])
-    rates.picture({curve: result}, tmp_path / "picture.png")
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra bench")
+    found = {Curve("default", 384, 8, 0.5, 2): {"steps": 36, "val/loss": [1.0, 0.5, 1.0, 2.0, 2.0]}}
+
+    rates.picture(found, tmp_path / "picture.png")
+
     assert (tmp_path / "picture.png").stat().st_size > 1000
