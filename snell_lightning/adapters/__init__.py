@@ -19,9 +19,11 @@ from snell_lightning.adapters.injection import (
 )
 from snell_lightning.adapters.linear import SnellLinear, updates_made_once
 from snell_lightning.adapters.statistics import freeze_statistics
+from snell_lightning.adapters.switching import AdapterSet
 
 __all__ = [
     "AdapterModule",
+    "AdapterSet",
     "SnellConfig",
     "SnellDelta",
     "SnellLinear",

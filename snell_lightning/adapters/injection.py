@@ -123,19 +123,32 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, SnellLinear):
         return model.merged()
+    plain = {id(module): module.merged() for module in model.modules() if isinstance(module, SnellLinear)}
+    _put_back(model, plain)
+    if plain and any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in model.parameters()):
+        model.float()
+    return model
+
+
+def take_off(model: nn.Module) -> None:
+    """Put the plain layers back without their updates, in place.
+
+    Nothing is copied or computed, and the adapted layers stay whole, so that whoever holds them can put them on again.
+    """
+    _put_back(model, {id(module): module.plain() for module in model.modules() if isinstance(module, SnellLinear)})
+
+
+def _put_back(model: nn.Module, plain: Mapping[int, nn.Module]) -> None:
+    """Undo `inject`, with a plain layer for each adapted one, by its identity."""
     unguard(model)
     keep_everything(model)
     release_statistics(model)
-    plain = {id(module): module.merged() for module in model.modules() if isinstance(module, SnellLinear)}
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
             if isinstance(child, SnellLinear):
                 setattr(parent, child_name, plain[id(child)])
                 for attribute, value in child.restore_on_merge.items():
                     setattr(parent, attribute, value)
-    if plain and any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in model.parameters()):
-        model.float()
-    return model
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:

@@ -181,15 +181,20 @@ class SnellLinear(nn.Module):
             self._made = key, made
         return made
 
-    @torch.no_grad()
-    def merged(self) -> nn.Module:
-        """The plain layer again, of its original class, with the updates added to its weight in fp32 or better."""
+    def plain(self) -> nn.Module:
+        """The plain layer again, of its original class, without the updates; it shares its weight with this one."""
         plain = self._plain[0]
-        merged = self.weight + self.whole_update().view_as(self.weight)
-        plain.weight = nn.Parameter(merged, requires_grad=False)
-        plain.bias = self.bias
+        plain.weight, plain.bias = self.weight, self.bias
         plain._is_full_backward_hook = self._is_full_backward_hook
         plain.train(self.training)
+        return plain
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """The plain layer again, with the updates added to its weight in fp32 or better."""
+        merged = self.weight + self.whole_update().view_as(self.weight)
+        plain = self.plain()
+        plain.weight = nn.Parameter(merged, requires_grad=False)
         return plain
 
     def extra_repr(self) -> str:
