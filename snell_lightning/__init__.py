@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         save_adapter,
     )
     from snell_lightning.data import ImageDataModule
+    from snell_lightning.inference import load_classifier
     from snell_lightning.module import ImageClassifier
 
 __all__ = [
@@ -26,12 +27,17 @@ __all__ = [
     "inject",
     "load_adapter",
     "load_adapter_state_dict",
+    "load_classifier",
     "merge",
     "save_adapter",
 ]
 __version__ = "0.1.0"
 
-_ELSEWHERE = {"ImageClassifier": "snell_lightning.module", "ImageDataModule": "snell_lightning.data"}
+_ELSEWHERE = {
+    "ImageClassifier": "snell_lightning.module",
+    "ImageDataModule": "snell_lightning.data",
+    "load_classifier": "snell_lightning.inference",
+}
 
 
 def __getattr__(name: str) -> Any:
