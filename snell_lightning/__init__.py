@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         save_adapter,
     )
     from snell_lightning.data import ImageDataModule
-    from snell_lightning.inference import load_classifier
+    from snell_lightning.inference.classifier import load_classifier
     from snell_lightning.module import ImageClassifier
 
 __all__ = [
@@ -36,7 +36,7 @@ __version__ = "0.1.0"
 _ELSEWHERE = {
     "ImageClassifier": "snell_lightning.module",
     "ImageDataModule": "snell_lightning.data",
-    "load_classifier": "snell_lightning.inference",
+    "load_classifier": "snell_lightning.inference.classifier",
 }
 
 

@@ -26,6 +26,8 @@ from snell_lightning.arguments import (
     slurm_job,
 )
 from snell_lightning.help import COMMANDS, help_for
+from snell_lightning.inference.commands import is_own
+from snell_lightning.inference.commands import run as run_own
 from snell_lightning.messages import one_line
 from snell_lightning.peers import is_loss, loss, own_failure, rank
 
@@ -82,6 +84,9 @@ def make_cli(arguments: Sequence[str], run: bool = True) -> "SnellCLI":
     if run and not arguments:
         raise UserError(f"name a command: {', '.join(COMMANDS)}; --help says more")
     _quieten()
+    if run and is_own(arguments):
+        run_own(arguments)
+        raise SystemExit(0)
     facts = {"slurm_job": slurm_job(), "arguments": list(arguments)}
     arguments, folder = continue_run(arguments)
     arranged = arrange_arguments(arguments)

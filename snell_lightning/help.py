@@ -11,7 +11,7 @@ COMMANDS = {
     "fit": "Tune a backbone; leaves an adapter file, checkpoints and curves in runs/version_N.",
     "validate": "Score a tuned model on the validation images.",
     "test": "Score a tuned model on the test images.",
-    "predict": "Write each image's class and its probability to predictions.csv.",
+    "predict": "Write each image's classes and their probabilities to a table.",
     "memory": "Plan the memory of a training step without running one.",
 }
 _CONFIG = {
@@ -42,6 +42,18 @@ _TUNED = {
 _TRAINER = {
     "--trainer.devices N": "processes, one per GPU; auto takes all",
     "--trainer.precision KIND": "32-true, bf16-mixed, 16-mixed",
+}
+_IMAGES = {
+    "--adapter FILE": "an adapter; several of one backbone may be named, each with --adapter",
+    "--images PATH ...": "folders with all below them, files, and patterns",
+    "--output FILE": "a table: .csv, .jsonl or .parquet; what is in it already is not done again",
+    "--top_k N": "classes to name for each image; 5",
+    "--embeddings": "write pooled features in place of classes",
+    "--on_bad_image HOW": "skip (write why it could not be read) or error",
+    "--batch_size N": "images at once; 64",
+    "--num_workers N": "processes that read images for each device",
+    "--devices N": "devices, each with a process of its own",
+    "--precision KIND": "32-true, bf16-mixed, 16-mixed",
 }
 KEYS = {
     "fit": {
@@ -77,6 +89,9 @@ def _help(command: str) -> str:
         about = f"commands, each with a --help of its own\n{_table(COMMANDS)}\n\nto start: {example}"
         return f"{TITLE}\n\nusage: {PROGRAM} COMMAND --config FILE [--KEY VALUE ...]\n\n{about}"
     usage = f"usage: {PROGRAM} {command} --config FILE [--config FILE ...] [--KEY VALUE ...]"
+    if command == "predict":
+        own = f"usage: {PROGRAM} predict --adapter FILE --images PATH ... --output FILE"
+        usage = f"{own}\n\n{_table(_IMAGES)}\n\nor, with the images that a config names, into the run's folder\n{usage}"
     keys = f"keys that matter first (in a config, --data.root is root: under data:)\n{_table(KEYS[command])}"
     return f"{TITLE}\n\n{COMMANDS[command]}\n\n{usage}\n\n{keys}\n\nall keys: {PROGRAM} {command} --help-all"
 

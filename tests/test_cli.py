@@ -260,7 +260,7 @@ class TestHelp:
         lines = capsys.readouterr().out.splitlines()
         assert stop.value.code == 0
         assert lines[0] == TITLE
-        assert len(lines) <= 30
+        assert len(lines) <= (34 if command == "predict" else 30)  # of which there are two
         assert max(map(len, lines)) <= 110
         assert lines[-1] == f"all keys: python -m snell_lightning {command} --help-all"
 
