@@ -83,6 +83,8 @@ def make_cli(arguments: Sequence[str], run: bool = True) -> "SnellCLI":
         raise SystemExit(0)
     if run and not arguments:
         raise UserError(f"name a command: {', '.join(COMMANDS)}; --help says more")
+    if run and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        raise UserError(f"there is no command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}")
     _quieten()
     if run and is_own(arguments):
         run_own(arguments)

@@ -12,6 +12,7 @@ COMMANDS = {
     "validate": "Score a tuned model on the validation images.",
     "test": "Score a tuned model on the test images.",
     "predict": "Write each image's classes and their probabilities to a table.",
+    "merge": "Write the tuned model as a plain one, for timm, ONNX or torch.export.",
     "memory": "Plan the memory of a training step without running one.",
 }
 _CONFIG = {
@@ -42,6 +43,13 @@ _TUNED = {
 _TRAINER = {
     "--trainer.devices N": "processes, one per GPU; auto takes all",
     "--trainer.precision KIND": "32-true, bf16-mixed, 16-mixed",
+}
+_MERGE = {
+    "--adapter FILE": "an adapter",
+    "--output DIR": "the folder to make",
+    "--format KIND": "timm, onnx or torch_export; timm",
+    "--precision KIND": "float32, bfloat16 or float16, where that does not lose the update; float32",
+    "--images PATH ...": "images on which to compare it with the tuned model, if not two photographs",
 }
 _IMAGES = {
     "--adapter FILE": "an adapter; several of one backbone may be named, each with --adapter",
@@ -88,6 +96,9 @@ def _help(command: str) -> str:
         example = f"{PROGRAM} fit --config vit.yaml"
         about = f"commands, each with a --help of its own\n{_table(COMMANDS)}\n\nto start: {example}"
         return f"{TITLE}\n\nusage: {PROGRAM} COMMAND --config FILE [--KEY VALUE ...]\n\n{about}"
+    if command == "merge":
+        usage = f"usage: {PROGRAM} merge --adapter FILE --output DIR"
+        return f"{TITLE}\n\n{COMMANDS[command]}\n\n{usage}\n\n{_table(_MERGE)}"
     usage = f"usage: {PROGRAM} {command} --config FILE [--config FILE ...] [--KEY VALUE ...]"
     if command == "predict":
         own = f"usage: {PROGRAM} predict --adapter FILE --images PATH ... --output FILE"

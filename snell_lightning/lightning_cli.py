@@ -224,7 +224,7 @@ def run_cli(
         parser_kwargs={
             "description": TITLE,
             "prog": PROGRAM,
-            **{command: {"description": text} for command, text in COMMANDS.items()},
+            **{command: {"description": COMMANDS[command]} for command in SnellCLI.subcommands()},
         },
         auto_configure_optimizers=False,
         run=run,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from snell_lightning import arguments, cli
+from snell_lightning.inference import merging, predicting
 from snell_lightning.lightning_cli import SnellCLI
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ def commands(path: Path) -> list[str]:
     """What follows the program's name, an image's or a batch script's on the lines of a file, or stands in JOB."""
     text = re.sub(r"\\\n[# ]*", "", path.read_text(encoding="utf-8"))
     program = r"(?:-m snell_lightning|snell_lightning:\w+|\.sbatch|JOB=\")"
-    return re.findall(program + r" ?((?:fit|validate|test|predict|memory) [^`\n\"]*)", text)
+    return re.findall(program + r" ?((?:fit|validate|test|predict|merge|memory) [^`\n\"]*)", text)
 
 
 ALL = [(path.relative_to(ROOT).as_posix(), command) for path in SHOWN for command in commands(path)]
@@ -44,10 +45,12 @@ def test_command_shown_is_taken(where: str, command: str, tmp_path: Path, monkey
     for name in arguments._SETTINGS_FROM:
         monkeypatch.setitem(arguments._SETTINGS_FROM, name, lambda path: {"model": {}, "data": {}})
 
-    def stop(self: SnellCLI) -> None:
+    def stop(_: object) -> None:
         raise ParsedError
 
     monkeypatch.setattr(SnellCLI, "before_instantiate_classes", stop)
+    monkeypatch.setattr(predicting, "predict_images", stop)
+    monkeypatch.setattr(merging, "merge_adapter", stop)
     with pytest.raises(SystemExit if "--help" in command else ParsedError):
         cli.make_cli(shlex.split(command))
 

@@ -16,6 +16,10 @@ from snell_lightning.backbones import EMBEDDED_BACKBONE
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights" / "vit_micro_patch4_32.mnist5k.safetensors"
 
+# What it is made of, as arguments of a ViT that timm itself has: so it is described where this package may be missing.
+EMBEDDED_PLAIN = "vit_tiny_patch16_224"
+EMBEDDED_ARGUMENTS = {"img_size": 32, "patch_size": 4, "embed_dim": 144, "depth": 4, "num_heads": 4}
+
 default_cfgs = generate_default_cfgs(
     {
         EMBEDDED_BACKBONE: {
@@ -38,7 +42,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A ViT of 1.0 M parameters: 32 px, patch 4, width 144, depth 4, 4 heads."""
-    arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 144, "depth": 4, "num_heads": 4, **kwargs}
+    arguments = {**EMBEDDED_ARGUMENTS, **kwargs}
     return build_model_with_cfg(
         VisionTransformer,
         "vit_micro_patch4_32",

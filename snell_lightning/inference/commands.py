@@ -1,4 +1,4 @@
-"""The commands that need an adapter file and no config: `predict --adapter FILE --images PATH...`."""
+"""The commands that need an adapter file and no config: `predict --adapter FILE --images PATH...`, and `merge`."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ class _Parser(argparse.ArgumentParser):
 
 def is_own(arguments: Sequence[str]) -> bool:
     """Whether a command line is one of those here, and not lightning's `predict` with a config."""
+    if arguments[:1] == ["merge"]:
+        return True
     options = {argument.partition("=")[0] for argument in arguments}
     return arguments[:1] == ["predict"] and bool(options & {"--adapter", "--images", "--output"})
 
@@ -30,10 +32,26 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         UserError: It says something that does not hold.
     """
+    if arguments[0] == "merge":
+        chosen = _merge_parser().parse_args(arguments[1:])
+        from snell_lightning.inference.merging import Merge, merge_adapter
+
+        merge_adapter(Merge(**vars(chosen)))
+        return
+    chosen = _predict_parser().parse_args(arguments[1:])
     from snell_lightning.inference.predicting import Job, predict_images
 
-    given = _predict_parser().parse_args(arguments[1:])
-    predict_images(Job(**vars(given)))
+    predict_images(Job(**vars(chosen)))
+
+
+def _merge_parser() -> argparse.ArgumentParser:
+    parser = _Parser("merge")
+    parser.add_argument("--adapter", required=True, metavar="FILE")
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--format", default="timm", choices=("timm", "onnx", "torch_export"))
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--images", nargs="+", metavar="PATH")
+    return parser
 
 
 def _predict_parser() -> argparse.ArgumentParser:

@@ -138,8 +138,9 @@ def test_a_mistake_in_a_config_file_is_named(text: str, expected: list[str], ref
 
 
 def test_an_unknown_command_is_answered_with_the_known_ones(refused: Refused) -> None:
-    assert "'fit', 'validate', 'test', 'predict'" in refused("fti", *QUICK)
-    assert "name a command: fit, validate, test, predict, memory; --help says more" in refused()
+    known = "fit, validate, test, predict, merge, memory"
+    assert f"there is no command 'fti'; expected one of {known}" in refused("fti", *QUICK)
+    assert f"name a command: {known}; --help says more" in refused()
 
 
 def test_an_empty_class_folder_and_a_single_class_are_named(work: Path, refused: Refused) -> None:
