@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, Stoc
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snell_lightning.adapters import UserError
+from snell_lightning.callbacks.checkpoint import AUTO
 from snell_lightning.module import ImageClassifier
 
 # Settings that count something.
@@ -74,7 +75,7 @@ def _check_monitored(callbacks: Sequence[Callback], module: ImageClassifier) -> 
     logged = module.logged_names()
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
-        if isinstance(monitor, str) and monitor not in logged:
+        if isinstance(monitor, str) and monitor not in (AUTO, *logged):
             near = difflib.get_close_matches(monitor, logged, n=1)
             hint = f"did you mean {near[0]}?" if near else f"logged are {', '.join(logged)}"
             raise UserError(f"{type(callback).__name__} monitors {monitor}, which is not logged; {hint}")

@@ -22,8 +22,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from snell_lightning.adapters import (
     SnellConfig,
@@ -43,6 +41,7 @@ from snell_lightning.adapters import (
 )
 from snell_lightning.adapters.names import plain_name
 from snell_lightning.backbones import EMBEDDED_BACKBONE
+from snell_lightning.metrics import SelectionMetric, stage_metrics
 from snell_lightning.schedule import long_enough, warmup_cosine
 from snell_lightning.thin import complete, thin_out
 
@@ -75,6 +74,9 @@ class ImageClassifier(LightningModule):
         label_smoothing: Share of the target spread over all classes, in [0, 1).
         mixup: Alpha of Mixup; 0 is off.
         cutmix: Alpha of CutMix; 0 is off. With both on, each batch gets one of them.
+        metric: What chooses the best epoch, on validation data: `accuracy`, `balanced_accuracy` (the mean of the
+            classes' recalls), `macro_f1` (the mean of their F1 scores), or `auroc` (of two classes). It is logged
+            beside the accuracy.
 
     Raises:
         UserError: A value is out of its range, or the backbone or the adapter file cannot be used.
@@ -98,6 +100,7 @@ class ImageClassifier(LightningModule):
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        metric: SelectionMetric = "accuracy",
     ) -> None:
         super().__init__()
         adapter = SnellConfig(**adapter) if isinstance(adapter, dict) else adapter
@@ -113,11 +116,13 @@ class ImageClassifier(LightningModule):
         self.backbone_name, self.adapter_config, self.num_classes = backbone, adapter, num_classes
         self.optimizer_factory = _without_parser(optimizer)
         self.warmup, self.warmup_lr, self.min_lr, self.layer_decay = warmup, warmup_lr, min_lr, layer_decay
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.metric = label_smoothing, metric
 
         self.backbone_args, self.pretrained = backbone_args or {}, pretrained
         # Class names, and what else is known of the data that the weights were tuned on.
         self.class_names: tuple[str, ...] | None = None
+        # How much an image of each class counts in the training loss; None where all count the same.
+        self.loss_weights: Tensor | None = None
         self._seen: dict[str, int | None] = dict.fromkeys(("train", "val", "test"))
         self.images_read = 0
         self._schedule: torch.optim.lr_scheduler.LambdaLR | None = None
@@ -141,7 +146,9 @@ class ImageClassifier(LightningModule):
             cast_frozen(self.model, getattr(torch, backbone_dtype))
 
         self.mix = _mix(mixup, cutmix, label_smoothing, num_classes) if mixup or cutmix else None
-        self.metrics = nn.ModuleDict({f"{stage}_stage": _metrics(stage, num_classes) for stage in ("val", "test")})
+        self.metrics = nn.ModuleDict(
+            {f"{stage}_stage": stage_metrics(stage, num_classes, metric) for stage in ("val", "test")}
+        )
 
     @property
     def frozen_fingerprint(self) -> str:
@@ -176,6 +183,11 @@ class ImageClassifier(LightningModule):
             f"({trained / total:.2%})"
         )
         freeze_statistics(self.model)
+        weigh: Callable[[], Tensor | None] | None = getattr(
+            getattr(self.trainer, "datamodule", None), "loss_weights", None
+        )
+        weights = weigh() if weigh is not None else None
+        self.loss_weights = None if weights is None else weights.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""
@@ -186,9 +198,9 @@ class ImageClassifier(LightningModule):
             loss = self(images.new_zeros(1, *images.shape[1:])).sum() * 0
         elif self.mix is not None and len(images) > 1:
             images, targets = self._mixed(images, labels)
-            loss = F.cross_entropy(self(images), targets)
+            loss = F.cross_entropy(self(images), targets, self.loss_weights)
         else:
-            loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+            loss = F.cross_entropy(self(images), labels, self.loss_weights, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
@@ -253,9 +265,14 @@ class ImageClassifier(LightningModule):
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self._logits(images).softmax(-1)
 
+    @property
+    def selected_by(self) -> str:
+        """Name of the logged value that chooses the best epoch; its largest is the best."""
+        return "val/acc1" if self.metric == "accuracy" else f"val/{self.metric}"
+
     def logged_names(self) -> list[str]:
         """Names of what training logs, for callbacks to look at."""
-        scores = self.metrics["val_stage"]["accuracy"]  # type: ignore[index]
+        scores = self.metrics["val_stage"]["scores"]  # type: ignore[index]
         return ["train/loss", "val/loss", *scores, "lr"]
 
     def check_optimizer(self) -> None:
@@ -391,9 +408,9 @@ class ImageClassifier(LightningModule):
         metrics: Any = self.metrics[f"{stage}_stage"]
         if len(images):
             metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
-            metrics["accuracy"].update(logits, labels)
+            metrics["scores"].update(logits, labels)
         self.log(f"{stage}/loss", metrics["loss"], on_step=False, on_epoch=True)
-        self.log_dict(metrics["accuracy"], on_step=False, on_epoch=True, prog_bar=stage == "val")
+        self.log_dict(metrics["scores"], on_step=False, on_epoch=True, prog_bar=stage == "val")
 
     def _start_from(self, adapter_file: str) -> None:
         """Load an adapter file; if it does not fit a backbone that was made otherwise, that is named as the cause."""
@@ -474,16 +491,6 @@ def _mix(mixup: float, cutmix: float, label_smoothing: float, num_classes: int) 
     from timm.data import Mixup
 
     return Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
-
-
-def _metrics(stage: str, num_classes: int) -> nn.ModuleDict:
-    """Exact over the whole set and over all processes: sums and counts, not means of batch means."""
-    # With five classes or fewer the right one is always among the top five.
-    ranks = (1, 5) if num_classes > 5 else (1,)
-    accuracy = {f"{stage}/acc{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in ranks}
-    return nn.ModuleDict(
-        {"loss": MeanMetric(), "accuracy": MetricCollection(accuracy, compute_groups=False)}  # type: ignore[arg-type]
-    )
 
 
 def _check_range(name: str, value: float, holds: bool, expected: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -175,6 +176,24 @@ def test_label_smoothing_is_that_of_torch() -> None:
     images, labels = batch(4)
     expected = F.cross_entropy(module(images), labels, label_smoothing=0.2)
     torch.testing.assert_close(module.training_step((images, labels), 0), expected)
+
+
+def test_classes_count_by_their_weights_with_and_without_mixing() -> None:
+    weights = torch.tensor([0.5, 2.0, *[1.0] * 5])
+    for settings in ({"label_smoothing": 0.2}, {"mixup": 0.8}):
+        module = tiny(**settings)
+        fake_step(module)
+        images, labels = batch(4)
+        module.loss_weights = weights
+        torch.manual_seed(0)
+        np.random.seed(0)
+        found = module.training_step((images, labels), 0)
+        np.random.seed(0)
+        targets: Any = labels
+        if module.mix is not None:
+            images, targets = module._mixed(images, labels)
+        expected = F.cross_entropy(module(images), targets, weights, label_smoothing=module.label_smoothing)
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_batch_without_images_gives_a_loss_of_zero_and_zero_gradients_for_everything_trained() -> None:

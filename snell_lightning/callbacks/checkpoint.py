@@ -21,6 +21,8 @@ from snell_lightning.adapters import adapter_state_dict, save_adapter
 from snell_lightning.module import ImageClassifier
 from snell_lightning.runs import ADAPTER, CHECKPOINTS, Run
 
+AUTO = "auto"
+
 
 class AdapterCheckpoint(ModelCheckpoint):
     """Save `last.ckpt` after each epoch, and at each new best score `adapter.safetensors` and `epoch=N.ckpt`.
@@ -35,7 +37,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     Of those that score the same the last one is kept: small validation sets are soon saturated.
 
     Args:
-        monitor: Logged value that decides what is best; null takes the last epoch as the best.
+        monitor: Logged value that decides what is best; `auto` is the one that `model.metric` names, null takes the
+            last epoch as the best.
         mode: Whether the best is the `max` or the `min`.
         dirpath: Folder of the checkpoints; by default `checkpoints` in the run's folder.
         save_top_k: How many checkpoints of the best to keep.
@@ -44,7 +47,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def __init__(
         self,
-        monitor: str | None = "val/acc1",
+        monitor: str | None = AUTO,
         mode: str = "max",
         dirpath: str | None = None,
         save_top_k: int = 1,
@@ -75,7 +78,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._random_states: list[dict[str, Any]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out where the files go."""
+        """Find out where the files go, and what decides."""
+        if self.monitor == AUTO:
+            self.monitor = getattr(pl_module, "selected_by", "val/acc1")
         # Reading `log_dir` talks to the other processes, so all of them do it here.
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if self._own_folder:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DistributedSampler, Sampler
 
@@ -35,6 +36,7 @@ SOURCES: dict[str, Source] = {"digits": digits, "folder": folder}
 
 OnBadImage = Literal["error", "skip"]
 EvalSplit = Literal["test", "val", "train", "all"]
+ClassWeights = Literal["none", "balanced"]
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class ImageDataModule(lightning.LightningDataModule):
         eval_split: The images that `test` and `predict` take: those of `test`, `val` or `train`, or `all`.
         fixed_splits: Splits of single images by their path below the root, where they are not to follow from the path.
             An adapter file or a checkpoint keeps those that its run settled.
+        class_weights: How much an image counts in the training loss: `none`: all the same; `balanced`: by the inverse
+            of its class's share of the training images, so that all classes count the same.
         seed: Seed of the splits and of the order of training images.
         on_bad_image: What to do about an image that cannot be read: `error` stops with its path, `skip`
             leaves it out of its batch and reports the count after each pass; a prediction says why there is none.
@@ -96,6 +100,7 @@ class ImageDataModule(lightning.LightningDataModule):
         test_fraction: float = 0.25,
         eval_split: EvalSplit = "test",
         fixed_splits: dict[str, SplitName] | None = None,
+        class_weights: ClassWeights = "none",
         seed: int = 0,
         on_bad_image: OnBadImage = "error",
     ) -> None:
@@ -103,8 +108,9 @@ class ImageDataModule(lightning.LightningDataModule):
         require_choice("source", source, tuple(SOURCES))
         require_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
         require_choice("eval_split", eval_split, get_args(EvalSplit))
+        require_choice("class_weights", class_weights, get_args(ClassWeights))
         _require_fractions(val_fraction, test_fraction)
-        self.source = source
+        self.source, self.class_weights = source, class_weights
         self.batch_size = _at_least("batch_size", batch_size, 1)
         self.eval_batch_size = _at_least(
             "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1
@@ -143,6 +149,17 @@ class ImageDataModule(lightning.LightningDataModule):
     def class_names(self) -> tuple[str, ...]:
         """Class names; a label is an index into them."""
         return self.splits.classes
+
+    def loss_weights(self) -> torch.Tensor | None:
+        """How much an image of each class counts in the training loss, `(num_classes,)`, 1 in the mean over the images.
+
+        None where all count the same.
+        """
+        if self.class_weights == "none":
+            return None
+        labels = torch.tensor([label for _, label in self.splits.train])
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        return len(labels) / (self.num_classes * counts)
 
     @property
     def mean(self) -> tuple[float, ...]:

@@ -131,6 +131,14 @@ def test_a1_labels_are_those_of_the_given_classes(make_images: MakeImages) -> No
         of_folder(root, classes=["bee", "zant"])
 
 
+def test_balanced_weights_let_every_class_count_the_same(make_images: MakeImages) -> None:
+    root = make_images({"train/a": 1, "train/b": 3, "val/a": 1})
+    weights = of_folder(root, class_weights="balanced").loss_weights()
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([4 / (2 * 1), 4 / (2 * 3)])
+    assert of_folder(root).loss_weights() is None
+
+
 def test_the_same_image_in_train_and_test_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     def warnings() -> list[str]:
         caplog.clear()
