@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from snell_lightning.adapters import SnellConfig
 from snell_lightning.arguments import slurm_job, tell
-from snell_lightning.callbacks import AdapterCheckpoint, FiniteLoss, PredictionWriter, SnellMonitor
+from snell_lightning.callbacks import AdapterCheckpoint, ClassReport, FiniteLoss, PredictionWriter, SnellMonitor
 from snell_lightning.checks import check_trainer_settings, check_training
 from snell_lightning.data import ImageDataModule
 from snell_lightning.help import COMMANDS, PROGRAM, TITLE
@@ -86,6 +86,7 @@ class SnellCLI(LightningCLI):
         """Name the callbacks, and let the data decide what follows from it."""
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SnellMonitor, "monitor")
+        parser.add_lightning_class_args(ClassReport, "report")
         parser.link_arguments("model.backbone", "data.backbone")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")

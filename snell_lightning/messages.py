@@ -92,7 +92,7 @@ def _nearest_key(key: str) -> str | None:
     """The valid key most like `key`."""
     from lightning.pytorch import Trainer
 
-    from snell_lightning.callbacks import AdapterCheckpoint, SnellMonitor
+    from snell_lightning.callbacks import AdapterCheckpoint, ClassReport, SnellMonitor
     from snell_lightning.data import ImageDataModule
     from snell_lightning.module import ImageClassifier
 
@@ -104,6 +104,7 @@ def _nearest_key(key: str) -> str | None:
         "trainer": Trainer,
         "checkpoint": AdapterCheckpoint,
         "monitor": SnellMonitor,
+        "report": ClassReport,
     }
     keys = {f"{group}.{name}" for group, cls in groups.items() for name in inspect.signature(cls).parameters}
     keys |= {*groups, "config", "seed_everything", "ckpt_path"}

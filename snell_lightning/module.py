@@ -252,13 +252,13 @@ class ImageClassifier(LightningModule):
                     "leave it out with model.adapter.exclude"
                 )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and accuracy on validation data."""
-        self._evaluate("val", batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss and scores on validation data; the logits `(batch, num_classes)`."""
+        return self._evaluate("val", batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and accuracy on test data."""
-        self._evaluate("test", batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss and scores on test data; the logits `(batch, num_classes)`."""
+        return self._evaluate("test", batch)
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """Class probabilities `(batch, num_classes)`."""
@@ -401,7 +401,7 @@ class ImageClassifier(LightningModule):
             return self(images.new_zeros(1, *images.shape[1:])).float()[:0]
         return self(images).float()
 
-    def _evaluate(self, stage: Literal["val", "test"], batch: Batch) -> None:
+    def _evaluate(self, stage: Literal["val", "test"], batch: Batch) -> Tensor:
         images, labels = batch
         self._seen[stage] = (self._seen[stage] or 0) + len(images)
         logits = self._logits(images)
@@ -411,6 +411,7 @@ class ImageClassifier(LightningModule):
             metrics["scores"].update(logits, labels)
         self.log(f"{stage}/loss", metrics["loss"], on_step=False, on_epoch=True)
         self.log_dict(metrics["scores"], on_step=False, on_epoch=True, prog_bar=stage == "val")
+        return logits
 
     def _start_from(self, adapter_file: str) -> None:
         """Load an adapter file; if it does not fit a backbone that was made otherwise, that is named as the cause."""

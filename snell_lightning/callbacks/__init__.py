@@ -4,5 +4,6 @@ from snell_lightning.callbacks.checkpoint import AdapterCheckpoint
 from snell_lightning.callbacks.finite import FiniteLoss
 from snell_lightning.callbacks.monitor import SnellMonitor
 from snell_lightning.callbacks.predictions import PredictionWriter
+from snell_lightning.callbacks.report import ClassReport
 
-__all__ = ["AdapterCheckpoint", "FiniteLoss", "PredictionWriter", "SnellMonitor"]
+__all__ = ["AdapterCheckpoint", "ClassReport", "FiniteLoss", "PredictionWriter", "SnellMonitor"]

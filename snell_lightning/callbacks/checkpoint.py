@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from snell_lightning.adapters import adapter_state_dict, save_adapter
+from snell_lightning.callbacks.report import ClassReport
 from snell_lightning.module import ImageClassifier
 from snell_lightning.runs import ADAPTER, CHECKPOINTS, Run
 
@@ -222,6 +223,10 @@ class AdapterCheckpoint(ModelCheckpoint):
             at_end = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
             self.filename = "{epoch}" if at_end else "{epoch}-{step}"
             self._save_topk_checkpoint(trainer, candidates)
+        if better and self._by_validation:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, ClassReport):
+                    callback.keep(trainer, module)
         if better and trainer.is_global_zero:
             self._export(trainer, module, self._scored or _trained_tensors(module))
 
