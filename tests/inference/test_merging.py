@@ -1,6 +1,7 @@
 """`merge`: what other software reads gives the tuned model's logits, or is not written at all."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +14,8 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from snell_lightning import ImageDataModule, SnellConfig, load_classifier, save_adapter
-from snell_lightning.adapters import deltas, heads, inject
+from snell_lightning import load_classifier
+from snell_lightning.adapters import deltas
 from snell_lightning.cli import main
 from snell_lightning.inference import merging
 
@@ -69,21 +70,15 @@ def pretrained_folder(folder: Path, family: str) -> str:
 
 
 def family_adapter(family: str, photos: Path, folder: Path) -> Path:
-    """An adapter file of such a model, every trained tensor drawn."""
-    backbone = pretrained_folder(folder / "pretrained", family)
-    config = SnellConfig(rank=4, sparsity=0.5, sparsifier="hard", scale=0.05)
-    data = ImageDataModule("folder", str(photos), backbone=backbone, augmentation="light")
-    model = timm.create_model(backbone, pretrained=True, num_classes=data.num_classes)
-    inject(model, config)
-    torch.manual_seed(1)
-    for delta in deltas(model).values():
-        nn.init.normal_(delta.in_factors)
-        nn.init.normal_(delta.out_factors)
-    for head in heads(model).values():
-        nn.init.normal_(head.weight, std=0.1)
-    path = folder / "adapter.safetensors"
-    save_adapter(path, model, config, backbone, num_classes=data.num_classes, **data.settings())
-    return path
+    """The adapter file of a short run on such a model."""
+    arguments = {
+        "--config": "vit.yaml", "--data.source": "folder", "--data.root": photos, "--data.batch_size": 4,
+        "--model.backbone": pretrained_folder(folder / "pretrained", family), "--model.optimizer.lr": 3e-2,
+        "--trainer.max_epochs": 2, "--trainer.accelerator": "cpu", "--trainer.logger.save_dir": folder / "runs",
+        "--trainer.enable_progress_bar": "false", "--report.pictures": "false",
+    }  # fmt: skip
+    main(["fit", *(str(text) for pair in arguments.items() for text in pair)])
+    return folder / "runs" / "version_0" / "adapter.safetensors"
 
 
 def images(photos: Path, file: Path) -> Tensor:
@@ -99,10 +94,16 @@ def logits(model: Callable[[Tensor], Tensor], seen: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_round_trip_of_a_family(run: Run, photos: Path, tmp_path: Path, family: str) -> None:
+def test_round_trip_of_a_family(
+    run: Run, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    """Fit, merge, read by timm and by onnxruntime, and predict: all say the same."""
     file = family_adapter(family, photos, tmp_path)
+    capsys.readouterr()
     seen = images(photos, file)
-    expected = logits(load_classifier(file, "cpu").model, seen)
+    tuned_model = load_classifier(file, "cpu")
+    expected = logits(tuned_model.model, seen)
+    assert (expected - logits(merging._without_update(tuned_model), seen)).abs().max() > 1e-2, "nothing was tuned"
     allowed = 1e-4 * max(1.0, float(expected.abs().max()))
 
     run("--adapter", file, "--output", tmp_path / "plain")
@@ -112,6 +113,20 @@ def test_round_trip_of_a_family(run: Run, photos: Path, tmp_path: Path, family: 
     torch.testing.assert_close(logits(plain, seen), expected, rtol=0, atol=allowed)
     onnx = merging._read_onnx(tmp_path / "onnx")
     torch.testing.assert_close(logits(onnx, seen), expected, rtol=0, atol=allowed)
+    # A thousand images of one family, and all there are of the others.
+    times = 25 if family == "swin" else 1
+    many = tmp_path / "many"
+    many.mkdir()
+    for number, path in enumerate(sorted(photos.rglob("*.png")) * times):
+        os.link(path, many / f"{number:04}.png")
+    with pytest.raises(SystemExit):
+        main(["predict", "--adapter", str(file), "--images", str(many), "--output", str(tmp_path / "all.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    likely, places = logits(plain, seen).softmax(-1).repeat(times, 1).topk(5)
+    assert len(rows) == len(places) == 40 * times
+    names = plain.pretrained_cfg["label_names"]
+    assert [row["classes"][0] for row in rows] == [names[row[0]] for row in places.tolist()]
+    torch.testing.assert_close(torch.tensor([row["probabilities"] for row in rows]), likely, rtol=1e-3, atol=1e-5)
 
 
 def test_where_this_package_is_missing_timm_reads_the_embedded_backbone(
