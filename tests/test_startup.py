@@ -92,3 +92,14 @@ def test_what_is_written_down_here_is_what_the_libraries_say() -> None:
     imagenet, inception = (Normalization.resolve(name, {}) for name in ("imagenet", "inception"))
     assert (imagenet.mean, imagenet.std) == (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD)
     assert (inception.mean, inception.std) == (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD)
+
+
+def test_a_tuned_model_is_used_without_what_a_run_needs() -> None:
+    code = """
+import sys
+from snell_lightning import load_classifier
+import snell_lightning.inference.predicting
+print([name for name in ("lightning", "torchmetrics", "jsonargparse", "tensorboard", "sklearn") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -16,10 +16,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from snell_lightning.adapters.errors import UserError
+from snell_lightning.data.images import why_unreadable
 from snell_lightning.data.samplers import ShardSampler
 from snell_lightning.data.splits import Sample
 from snell_lightning.data.transforms import Transform
@@ -92,7 +93,7 @@ class ImageDataset(Dataset):
         try:
             image = self.open_image(source)
         except Exception as error:  # PIL's decoders raise whatever a broken file leads them to
-            return UnreadableImage(index, label, str(source), _reason(error))
+            return UnreadableImage(index, label, str(source), why_unreadable(error))
         return self.transform(image), label
 
 
@@ -210,9 +211,3 @@ def _collate(
     if not read:
         return torch.zeros(0, 3, image_size, image_size), labels, unreadable
     return torch.stack([image for image, _ in read]), labels, unreadable
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image in a format that PIL knows"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Formats that Pillow knows without being able to decode them, and PostScript, for which it would run another program.
 _NOT_READ = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"})
@@ -58,6 +58,13 @@ def open_image_file(path: str | Path) -> Image.Image:
     with Image.open(path, formats=readable_formats()) as image:
         image.load()
         return as_rgb(upright(image))
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why an image could not be read, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image in a format that PIL knows"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def upright(image: Image.Image) -> Image.Image:

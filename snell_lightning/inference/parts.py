@@ -122,11 +122,8 @@ class Parts:
         self.table.write(unfinished, self.columns, rows)
         os.replace(unfinished, path)
 
-    def join(self, facts: dict[str, Any]) -> None:
+    def join(self) -> None:
         """Put all parts at the output's end, in order, and drop them.
-
-        Args:
-            facts: What else to say of the output beside it.
 
         Raises:
             UserError: The output that they belong to is gone.
@@ -143,7 +140,7 @@ class Parts:
             joined = self.folder / f"joined{self.output.suffix}"
             self.table.join(joined, None if now is None else self.output, parts, self.columns)
             os.replace(joined, self.output)
-        _write_whole(self.facts, json.dumps({"settings": self.settings, **facts}, indent=1) + "\n")
+        _write_whole(self.facts, json.dumps({"settings": self.settings}, indent=1) + "\n")
         shutil.rmtree(self.folder)
 
     def drop(self) -> None:

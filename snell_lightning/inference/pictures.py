@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from snell_lightning.adapters.errors import UserError
-from snell_lightning.data.images import as_rgb, open_image_file, upright
+from snell_lightning.data.images import as_rgb, open_image_file, upright, why_unreadable
 
 Picture: TypeAlias = str | PathLike[str] | Image.Image | NDArray[Any] | Tensor
 """A path, a PIL image, an array `(height, width)` or `(height, width, channels)`, or a tensor `(channels, height,
@@ -31,7 +31,7 @@ def as_picture(given: Picture) -> Image.Image:
         try:
             return open_image_file(Path(given))
         except Exception as error:  # PIL's decoders raise whatever a broken file leads them to
-            raise UserError(f"cannot read image {given}: {reason(error)}") from error
+            raise UserError(f"cannot read image {given}: {why_unreadable(error)}") from error
     if isinstance(given, Tensor):
         if given.ndim != 3:
             raise UserError(f"a tensor of shape {tuple(given.shape)} is not an image; expected (channels, H, W)")
@@ -48,17 +48,6 @@ def several(given: Picture | Sequence[Picture]) -> list[Picture] | None:
     if isinstance(given, (np.ndarray, Tensor)):
         return list(given) if given.ndim == 4 else None
     return list(given)
-
-
-def reason(error: Exception) -> str:
-    """Why an image could not be read, in one line."""
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image in a format that PIL knows"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _from_array(pixels: NDArray[Any], expected: str) -> Image.Image:

@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from snell_lightning.adapters import UserError, read_adapter
 from snell_lightning.arguments import tell
-from snell_lightning.data.images import open_image_file
+from snell_lightning.data.images import open_image_file, why_unreadable
 from snell_lightning.data.transforms import Transform
 from snell_lightning.inference.classifier import Classifier, load_classifier
 from snell_lightning.inference.listing import list_images
 from snell_lightning.inference.parts import Parts
-from snell_lightning.inference.pictures import default_device, reason
+from snell_lightning.inference.pictures import default_device
 from snell_lightning.inference.tables import Columns, Row, as_key, table_for
 
 # Images of a part: what is lost at most, for each process, when it is stopped.
@@ -84,9 +84,9 @@ def predict_images(job: Job) -> None:
     first = load_classifier(job.adapters[0], device, job.adapters[0])
     columns = _columns(job, first)
     parts = Parts(output, table, columns, _settings(job))
-    parts.resume()
-    if parts.tasks:
-        tell(f"predict: {output.name} goes on with {len(parts.missing):,} parts of {_PART} images or so left")
+    if resumed := parts.resume():
+        left = sum(len(parts.images(part)) for part in parts.missing)
+        tell(f"predict: {output} goes on, with {left:,} of {len(parts.tasks):,} images left")
         _finish(job, parts, first)
     images, notes = list_images(job.images)
     for note in notes:
@@ -100,7 +100,8 @@ def predict_images(job: Job) -> None:
         if (as_key(table, image), as_key(table, names[number])) not in done
     ]
     if not tasks:
-        tell(f"predictions: {output} has all {len(images):,} images already")
+        if not resumed:
+            tell(f"predictions: {output} has all {len(images):,} images already")
         return
     if done:
         tell(f"predict: {len(images) * len(names) - len(tasks):,} rows are in {output} already, {len(tasks):,} are not")
@@ -125,7 +126,7 @@ def _finish(job: Job, parts: Parts, first: Classifier) -> None:
         parts.drop()
         path = parts.tasks[0][1]
         raise UserError(f"none of the {total:,} images could be read, such as {path}: {_why_not(path)}")
-    parts.join({"rows": total, "unreadable": unreadable})
+    parts.join()
     bad = f", {unreadable:,} unreadable" if unreadable else ""
     speed = f", {left / seconds:,.0f} images a second" if left else ""
     tell(f"predictions: {parts.output} ({total:,} rows{bad}{speed})")
@@ -135,12 +136,15 @@ def _make(job: Job, parts: Parts, numbers: Sequence[int], classifier: Classifier
     """Make parts, those of one adapter after those of the other, which share the frozen weights."""
     for place, adapter in enumerate(job.adapters):
         own = [number for number in numbers if parts.adapter(number) == place]
-        if place:
-            classifier.load_adapter(adapter, adapter)
-        elif not parts.columns.several:
+        if not own:
+            continue
+        if not parts.columns.several:
             classifier.merge()
-        if own:
-            _classify(job, parts, own, classifier, report)
+        elif adapter in classifier.adapters:
+            classifier.set_adapter(adapter)
+        else:
+            classifier.load_adapter(adapter, adapter)
+        _classify(job, parts, own, classifier, report)
 
 
 def _classify(job: Job, parts: Parts, numbers: Sequence[int], classifier: Classifier, report: Report) -> None:
@@ -192,7 +196,7 @@ class _Images(Dataset):
         try:
             image = open_image_file(self.paths[place])
         except Exception as error:  # PIL's decoders raise whatever a broken file leads them to
-            return reason(error)
+            return why_unreadable(error)
         return self.transform(image)
 
 

@@ -169,18 +169,33 @@ class TestGoingOn:
         assert output.read_bytes().startswith(before)
         assert [row["image"] for row in read_csv(output)] == images(folder / "4") + images(folder / "3")
 
+    def test_with_several_adapters_it_goes_on_and_takes_new_images_too(
+        self, run: Run, adapter: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = save(tmp_path / "other.safetensors", tuned(photos, seed=1), photos)
+        folder, output = tmp_path / "photos", tmp_path / "found.csv"
+        shutil.copytree(photos / "digit 4", folder / "4")
+        arguments = ("--adapter", adapter, "--adapter", other, "--images", folder, "--output", output)
+        assert _stop_after(monkeypatch, os, "replace", 1, ("predict", *arguments))
+        shutil.copytree(photos / "digit 3", folder / "3")
+
+        run(*arguments)
+
+        assert [(row["adapter"], row["image"]) for row in read_csv(output)] == [
+            (str(file), image) for kind in ("4", "3") for file in (adapter, other) for image in images(folder / kind)
+        ]
+
     @pytest.mark.parametrize("devices", ["1", "2"])
     def test_killed_it_goes_on_with_what_is_left(
         self, run: Run, adapter: Path, photos: Path, tmp_path: Path, devices: str
     ) -> None:
         folder, output = tmp_path / "many", tmp_path / "found.csv"
         folder.mkdir()
-        for number in range(1200):
+        for number in range(1100):
             os.link(images(photos)[number % IMAGES], folder / f"{number:04}.png")
-        arguments = ["--adapter", adapter, "--images", folder, "--output", output]
+        arguments = ["--adapter", adapter, "--images", folder, "--output", output, "--devices", devices]
         command = [sys.executable, "-m", "snell_lightning", "predict", "--batch_size", "8", *map(str, arguments)]
         parts = tmp_path / f".{output.name}.parts"
-        command += ["--devices", devices]
         process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
         _wait_for(lambda: len(list(parts.glob("*-*.csv"))) >= 2 or process.poll() is not None)
         process.send_signal(signal.SIGKILL)
@@ -190,7 +205,7 @@ class TestGoingOn:
 
         said = run(*arguments)
 
-        assert "goes on with" in said
+        assert f"{output} goes on, with " in said
         assert [row["image"] for row in read_csv(output)] == images(folder)
         assert len({row["class"] for row in read_csv(output)}) > 1
         assert leftovers(tmp_path) == []
