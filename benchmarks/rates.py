@@ -4,22 +4,24 @@
     python -m benchmarks.rates --table    the table and the picture alone
 
 A curve is five learning rates, each twice the one before, on scikit-learn's digits, of which 300 are trained on and 300
-others scored; the best epoch's validation loss is its value. Curves are taken at two widths (144: the backbone that
-ships with the package; 384: DINOv2 ViT-S/14), two ranks, two sparsities and two run lengths, for the default of
-`SnellConfig` and for the published setting (scale 0.1, `magnitude`, random start). The test images are not looked at.
+others scored; its value is the best epoch's validation loss, in the mean over three seeds. Curves are taken at two
+widths (144: the backbone that ships with the package; 384: DINOv2 ViT-S/14), two ranks, two sparsities and two run
+lengths, for the default of `SnellConfig` and for the published setting (scale 0.1, `magnitude`, random start). The test
+images are not looked at.
 
 Where a curve is lowest is read from the parabola, in the logarithm of the rate, through its lowest point and that one's
-neighbours, since the best of five rates says it to a factor of two only. Runs that end above the loss of guessing have
-diverged.
+neighbours, since the best of five rates says it to a factor of two only. A run has collapsed if its loss is never below
+0.95 of what guessing has.
 
-Writes a JSON file a curve to `benchmarks/results/rates/`, then `table.md` and `picture.png` beside them. Each curve is
-a process of its own with a single thread, and --workers of them go at once.
+Writes a JSON file a curve and seed to `benchmarks/results/rates/`, then `table.md` and `picture.png` beside them. Each
+is a process of its own with a single thread, and --workers of them go at once.
 """
 
 import argparse
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -43,6 +45,8 @@ SETTINGS = {"default": "", "published": ":scale=0.1:sparsifier=magnitude:start=r
 WIDTHS = {144: (EMBEDDED_BACKBONE, 32), 384: ("vit_small_patch14_dinov2", 56)}
 RANKS, SPARSITIES, EPOCHS = (8, 32), (0.5, 0.9), (2, 6)
 CLASSES = 10
+SEEDS = (0, 1, 2)
+_COLLAPSED = 0.95 * math.log(CLASSES)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Curve:
         rank: Of the factors.
         sparsity: Fraction of the entries that loses.
         epochs: Passes over the 300 images, of 18 steps each.
+        seed: Of images, order and initial values.
     """
 
     setting: str
@@ -62,16 +67,18 @@ class Curve:
     rank: int
     sparsity: float
     epochs: int
+    seed: int = 0
 
     @property
     def path(self) -> Path:
         """Where its result goes."""
-        return FOLDER / f"{self.setting}-{self.width}-{self.rank}-{self.sparsity}-{self.epochs}.json"
+        return FOLDER / f"{self.setting}-{self.width}-{self.rank}-{self.sparsity}-{self.epochs}-{self.seed}.json"
 
 
 def curves() -> list[Curve]:
-    """All of them, the quick ones first."""
-    return [Curve(*values) for values in itertools.product(SETTINGS, WIDTHS, RANKS, SPARSITIES, EPOCHS)]
+    """All of them: with the first seed first, and of each seed the quick ones."""
+    every = itertools.product(SEEDS, SETTINGS, WIDTHS, RANKS, SPARSITIES, EPOCHS)
+    return [Curve(*values, seed=seed) for seed, *values in every]
 
 
 def measure(curve: Curve) -> None:
@@ -81,14 +88,14 @@ def measure(curve: Curve) -> None:
         name = f"local-dir:{folder(name)}"
     described = timm.create_model(name, num_classes=0).pretrained_cfg
     mean, std = tuple(described["mean"]), tuple(described["std"])
-    data = splits(replace(TASKS["digits"], image_size=side), 0, mean, std)
+    data = splits(replace(TASKS["digits"], image_size=side), curve.seed, mean, std)
     label = f"snell:rank={curve.rank}:sparsity={curve.sparsity}{SETTINGS[curve.setting]}"
     (variant,) = parse_variants(label, Settings())
     device = torch.device("cpu")
     losses, accuracies = [], []
     for rate in RATES:
-        model = make_model(variant, Backbone(name, CLASSES, side, pretrained=True), device)
-        outcome = train(model, data, rate, curve.epochs, seed=0)
+        model = make_model(variant, Backbone(name, CLASSES, side, curve.seed, pretrained=True), device)
+        outcome = train(model, data, rate, curve.epochs, curve.seed)
         losses.append(round(min(outcome.loss), 4))
         accuracies.append(max(outcome.accuracy))
     write_result(
@@ -110,23 +117,46 @@ def lowest(rates: Sequence[float], losses: Sequence[float]) -> float:
     return rates[at] * (rates[at + 1] / rates[at]) ** (0.5 * (left - right) / (left - 2 * middle + right))
 
 
-def table(found: Mapping[Curve, Mapping[str, Any]]) -> str:
-    """Best rates, and what the losses are at and around them."""
-    lines = ["Best learning rate by curve (digits, validation loss), and the loss at each rate.", ""]
-    lines += ["| setting | width | rank | sparsity | steps | best | " + " | ".join(f"{r:g}" for r in RATES) + " |"]
-    lines.append("|---" * (6 + len(RATES)) + "|")
+def over_seeds(found: Mapping[Curve, Mapping[str, Any]]) -> dict[Curve, dict[str, Any]]:
+    """The curves as means over their seeds, as those of seed 0."""
+    groups: dict[Curve, list[Mapping[str, Any]]] = {}
     for curve, result in found.items():
-        cells = [f"{loss:.3f}" + (" diverged" if loss >= math.log(CLASSES) else "") for loss in result["val/loss"]]
+        groups.setdefault(replace(curve, seed=0), []).append(result)
+    return {
+        curve: {
+            "steps": results[0]["steps"],
+            "seeds": len(results),
+            "val/loss": [statistics.mean(losses) for losses in zip(*(r["val/loss"] for r in results), strict=True)],
+        }
+        for curve, results in groups.items()
+    }
+
+
+def table(found: Mapping[Curve, Mapping[str, Any]]) -> str:
+    """Best rates, and what the losses are at and around them.
+
+    Args:
+        found: Means over seeds, from `over_seeds`.
+    """
+    lines = ["Best learning rate by curve (digits, validation loss, mean over seeds), and the loss at each rate.", ""]
+    head = ["setting", "width", "rank", "sparsity", "steps", "seeds", "best", *(f"{rate:g}" for rate in RATES)]
+    lines.append(f"| {' | '.join(head)} |")
+    lines.append("|---" * len(head) + "|")
+    for curve, result in found.items():
+        cells = [f"{loss:.3f}" + (" collapsed" if loss >= _COLLAPSED else "") for loss in result["val/loss"]]
         best = lowest(RATES, result["val/loss"])
-        about = [curve.setting, curve.width, curve.rank, curve.sparsity, result["steps"], f"{best:.1e}"]
-        lines.append("| " + " | ".join(map(str, [*about, *cells])) + " |")
+        edge = " or more" if best == RATES[-1] else " or less" if best == RATES[0] else ""
+        about = [curve.setting, curve.width, curve.rank, curve.sparsity, result["steps"], result["seeds"]]
+        lines.append("| " + " | ".join(map(str, [*about, f"{best:.1e}{edge}", *cells])) + " |")
     for setting in SETTINGS:
         best = [lowest(RATES, result["val/loss"]) for curve, result in found.items() if curve.setting == setting]
         if best:
             low, high = min(best), max(best)
             middle = math.sqrt(low * high)
             around = f"all within a factor of {math.sqrt(high / low):.1f} of {middle:.1e}"
-            lines += ["", f"{setting}: best rates from {low:.1e} to {high:.1e}, {around}."]
+            edges = sum(rate in (RATES[0], RATES[-1]) for rate in best)
+            beyond = f"; {edges} of {len(best)} are at the end of what was tried, and may lie beyond" if edges else ""
+            lines += ["", f"{setting}: best rates from {low:.1e} to {high:.1e}, {around}{beyond}."]
     return "\n".join(lines) + "\n"
 
 
@@ -161,10 +191,11 @@ def picture(found: Mapping[Curve, Mapping[str, Any]], path: Path) -> None:
 def report() -> None:
     """Print the table and write it with the picture."""
     found = {curve: json.loads(curve.path.read_text(encoding="utf-8")) for curve in curves() if curve.path.is_file()}
-    text = table(found)
+    means = over_seeds(found)
+    text = table(means)
     print(text)
     (FOLDER / "table.md").write_text(text, encoding="utf-8")
-    picture(found, FOLDER / "picture.png")
+    picture(means, FOLDER / "picture.png")
 
 
 def _in_a_process(curve: Curve) -> None:

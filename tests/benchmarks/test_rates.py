@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,18 +23,23 @@ def test_a_curve_that_is_lowest_at_its_end_says_so(best: int) -> None:
     assert rates.lowest(RATES, [abs(place - best) for place in range(len(RATES))]) == RATES[best]
 
 
-def test_the_table_names_what_diverged_and_how_far_the_best_rates_are_apart() -> None:
+def test_the_table_has_means_over_seeds_and_names_what_collapsed_and_how_far_the_best_rates_are_apart() -> None:
     steep = [2.0, 1.0, 0.5, 1.0, 3.0]  # Symmetric about the third rate where it counts; guessing has 2.30.
+    curve = Curve("default", 144, 8, 0.5, 2)
     found = {
-        Curve("default", 144, 8, 0.5, 2): {"steps": 36, "val/loss": steep},
+        curve: {"steps": 36, "val/loss": [loss - 0.2 for loss in steep]},
+        replace(curve, seed=1): {"steps": 36, "val/loss": [loss + 0.2 for loss in steep]},
         Curve("default", 384, 8, 0.5, 2): {"steps": 36, "val/loss": [1.0, 0.5, 1.0, 2.0, 2.0]},
+        Curve("published", 384, 8, 0.5, 2): {"steps": 36, "val/loss": [2.0, 1.9, 1.0, 0.5, 0.4]},
     }
 
-    text = rates.table(found)
+    text = rates.table(rates.over_seeds(found))
 
-    assert text.count("diverged") == 1
-    assert "3.000 diverged" in text
+    assert text.count("collapsed") == 1
+    assert "| default | 144 | 8 | 0.5 | 36 | 2 | 3.0e-03 | 2.000 | 1.000 | 0.500 | 1.000 | 3.000 collapsed |" in text
     assert "default: best rates from 1.5e-03 to 3.0e-03, all within a factor of 1.4 of 2.1e-03." in text
+    assert "1.2e-02 or more" in text
+    assert "1 of 1 are at the end of what was tried" in text
 
 
 def test_a_curve_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ class TestTables:
 
 
 class TestGoingOn:
-    @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+    @pytest.mark.parametrize("ending", ["csv", "parquet"])
     def test_stopped_anywhere_it_ends_in_the_same_file(
         self, run: Run, adapter: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
     ) -> None:

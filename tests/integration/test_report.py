@@ -77,13 +77,15 @@ def test_of_fit_they_are_the_best_epochs_whose_adapter_is_saved(
 
 
 @pytest.mark.parametrize("devices", ["1", "2"])
-def test_of_test_they_are_the_same_whatever_the_number_of_processes(work: Path, devices: str) -> None:
+def test_of_test_they_are_the_same_whatever_the_number_of_processes(work: Path, command: Command, devices: str) -> None:
     arguments = ["test", "--config", str(RUN / "config.yaml"), "--trainer.devices", devices]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "snell_lightning", *arguments], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    if devices == "1":
+        assert command(*arguments).status == 0
+    else:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        program = [sys.executable, "-m", "snell_lightning", *arguments]
+        done = subprocess.run(program, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
 
     check_tables(Path("runs") / "test_0", "test", "test")
     assert len(list((Path("runs") / "test_0").glob("test_*.png"))) == 2
