@@ -94,7 +94,7 @@ def measure(curve: Curve) -> None:
     device = torch.device("cpu")
     losses, accuracies = [], []
     for rate in RATES:
-        model = make_model(variant, Backbone(name, CLASSES, side, curve.seed, pretrained=True), device)
+        model = make_model(variant, Backbone(name, CLASSES, side, seed=curve.seed, pretrained=True), device)
         outcome = train(model, data, rate, curve.epochs, curve.seed)
         losses.append(round(min(outcome.loss), 4))
         accuracies.append(max(outcome.accuracy))
