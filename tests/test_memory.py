@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from snell_lightning.adapters import SnellConfig, UserError, heads, inject, merge
-from snell_lightning.adapters.delta import UpdateRule
+from snell_lightning.adapters.update.rule import UpdateRule
 from snell_lightning.backbones import create_backbone
 from snell_lightning.memory import (
     Job,

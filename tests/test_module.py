@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from snell_lightning import ImageClassifier, SnellConfig, UserError
 from snell_lightning.adapters import adapter_parameters, adapter_state_dict
-from snell_lightning.adapters.delta import UpdateRule
+from snell_lightning.adapters.update.rule import UpdateRule
 from snell_lightning.callbacks import AdapterCheckpoint
 from snell_lightning.schedule import long_enough, warmup_cosine
 

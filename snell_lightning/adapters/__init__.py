@@ -1,7 +1,6 @@
 """SNELL in pure PyTorch: nothing here imports lightning or timm, and any training loop can use it."""
 
 from snell_lightning.adapters.config import SnellConfig
-from snell_lightning.adapters.delta import SnellDelta
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.files import fingerprint, load_adapter, read_adapter, save_adapter
 from snell_lightning.adapters.finding import heads
@@ -17,9 +16,10 @@ from snell_lightning.adapters.injection import (
     load_adapter_state_dict,
     merge,
 )
-from snell_lightning.adapters.linear import SnellLinear, updates_made_once
+from snell_lightning.adapters.layers.linear import SnellLinear, updates_made_once
 from snell_lightning.adapters.statistics import freeze_statistics
 from snell_lightning.adapters.switching import AdapterSet
+from snell_lightning.adapters.update.delta import SnellDelta
 
 __all__ = [
     "AdapterModule",

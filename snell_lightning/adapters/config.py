@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from snell_lightning.adapters.competition import SPARSIFIERS
 from snell_lightning.adapters.errors import UserError
-from snell_lightning.adapters.kernels import KERNELS, automatic_scale
-from snell_lightning.adapters.recompute import RECOMPUTE
+from snell_lightning.adapters.layers.recompute import RECOMPUTE
+from snell_lightning.adapters.update.competition import SPARSIFIERS
+from snell_lightning.adapters.update.kernels import KERNELS, automatic_scale
 
 STARTS = ("auto", "zero", "random")
 # Sparsifiers whose gradient does not vanish with the update.

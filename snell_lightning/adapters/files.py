@@ -28,7 +28,7 @@ from snell_lightning.adapters.injection import (
     inject,
     load_adapter_state_dict,
 )
-from snell_lightning.adapters.linear import SnellLinear
+from snell_lightning.adapters.layers.linear import SnellLinear
 from snell_lightning.adapters.names import plain_name, unwrapped
 
 FORMAT = "snell_lightning.adapter/1"

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from snell_lightning.adapters.config import SnellConfig
-from snell_lightning.adapters.delta import SnellDelta
 from snell_lightning.adapters.errors import UserError, some
 from snell_lightning.adapters.finding import (
     adaptable_layers,
@@ -26,11 +25,12 @@ from snell_lightning.adapters.finding import (
     matching,
 )
 from snell_lightning.adapters.guards import guard, unguard
-from snell_lightning.adapters.linear import SnellLinear
+from snell_lightning.adapters.layers.linear import SnellLinear
+from snell_lightning.adapters.layers.recompute import keep_everything, rebuild_inputs, recompute_blocks
 from snell_lightning.adapters.names import plain_name, unwrapped
 from snell_lightning.adapters.projections import divide
-from snell_lightning.adapters.recompute import keep_everything, rebuild_inputs, recompute_blocks
 from snell_lightning.adapters.statistics import freeze_statistics, release_statistics, trained_statistics
+from snell_lightning.adapters.update.delta import SnellDelta
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from snell_lightning.adapters.files import load_adapter, read_adapter
 from snell_lightning.adapters.finding import heads
 from snell_lightning.adapters.guards import guard
 from snell_lightning.adapters.injection import inject, take_off
-from snell_lightning.adapters.linear import SnellLinear
+from snell_lightning.adapters.layers.linear import SnellLinear
 from snell_lightning.adapters.names import plain_name
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, cast_frozen, freeze_all_but_head, inject
 from snell_lightning.adapters.guards import unguard
-from snell_lightning.adapters.recompute import RECOMPUTE
+from snell_lightning.adapters.layers.recompute import RECOMPUTE
 
 Method = Literal["snell", "full", "linear", "lora"]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from snell_lightning.adapters.delta import Noise, UpdateRule
+from snell_lightning.adapters.update.noise import Noise
+from snell_lightning.adapters.update.rule import UpdateRule
 from snell_lightning.memory.trace import Recorder
 
 # Methods that return new tensors, or None, each with a storage of its own.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from snell_lightning.adapters import SnellConfig, SnellDelta, UserError
-from snell_lightning.adapters.competition import (
+from snell_lightning.adapters.update.competition import (
     SPARSIFIERS,
     TIED,
     shrink_,

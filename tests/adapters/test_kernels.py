@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from snell_lightning.adapters import SnellConfig, SnellDelta
-from snell_lightning.adapters.competition import SPARSIFIERS
-from snell_lightning.adapters.delta import tuned_linear
-from snell_lightning.adapters.kernels import KERNELS
+from snell_lightning.adapters.layers.product import tuned_linear
+from snell_lightning.adapters.update.competition import SPARSIFIERS
+from snell_lightning.adapters.update.kernels import KERNELS
 
 from . import reference
 

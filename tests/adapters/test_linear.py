@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, cast_frozen, updates_made_once
-from snell_lightning.adapters.competition import SPARSIFIERS
-from snell_lightning.adapters.delta import Noise, UpdateRule, tuned_linear
-from snell_lightning.adapters.kernels import KERNELS
+from snell_lightning.adapters.layers.product import tuned_linear
+from snell_lightning.adapters.update.competition import SPARSIFIERS
+from snell_lightning.adapters.update.kernels import KERNELS
+from snell_lightning.adapters.update.noise import Noise
+from snell_lightning.adapters.update.rule import UpdateRule
 
 from . import reference
 from .reference import relative_error, relative_norm_error

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from snell_lightning.adapters import SnellConfig, SnellDelta, SnellLinear, UserError, compiled, inject
+from snell_lightning.adapters import SnellConfig, SnellDelta, SnellLinear, UserError, inject
+from snell_lightning.adapters.update import loop
 
 SHAPES = [(5, 7), (64, 200), (512, 768)]
 ZERO = {"rank": 8, "start": "zero", "scale": 1.0}
@@ -14,7 +15,7 @@ ZERO = {"rank": 8, "start": "zero", "scale": 1.0}
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The loop of the CPU, and torch's operations."""
     if request.param == "torch":
-        monkeypatch.setattr(compiled, "applies", lambda *_: False)
+        monkeypatch.setattr(loop, "applies", lambda *_: False)
     return request.param
 
 

@@ -30,7 +30,7 @@ from snell_lightning.adapters import (
     merge,
 )
 from snell_lightning.adapters.finding import blocks_of
-from snell_lightning.adapters.recompute import RECOMPUTE, keep_everything, rebuild_inputs, recompute_blocks
+from snell_lightning.adapters.layers.recompute import RECOMPUTE, keep_everything, rebuild_inputs, recompute_blocks
 
 ROWS = read_table()
 REFUSED = [row for row in ROWS if row.layers.startswith("refused")]

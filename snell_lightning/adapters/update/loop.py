@@ -4,7 +4,7 @@ Elementwise operations of torch read and write a matrix once each; here a few ro
 cache from distances to update, and the factors' gradients see the survivors only. The numbers are those of
 `kernels.py` and `competition.py` but for the order of sums (1e-6 of their size).
 
-The code (`compiled.c`) is built by the system's C compiler when it is first needed, in about a second, and kept in the
+The code (`loop.c`) is built by the system's C compiler when it is first needed, in about a second, and kept in the
 user's cache folder; SNELL_COMPILE=FILE in the environment names code that `build` has made before, for machines without
 a compiler. It runs on torch's own OpenMP threads. Where there is neither, where torch has threads of another kind, or
 where the environment says SNELL_COMPILE=0, torch's operations do the same.
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from snell_lightning.adapters.competition import SAMPLE, bracket, sample_step, survivors_rank, threshold
+from snell_lightning.adapters.update.competition import SAMPLE, bracket, sample_step, survivors_rank, threshold
 
-_SOURCE = Path(__file__).with_name("compiled.c")
+_SOURCE = Path(__file__).with_name("loop.c")
 _FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
 _BLOCK = 32  # columns that the code works on at once; rows of the transposed factors are padded to it
 _SPARSIFIERS = {"magnitude": 0, "soft": 1, "hard": 2, "none": 2}

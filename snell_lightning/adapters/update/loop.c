@@ -1,4 +1,4 @@
-/* The distance kernel with competition on the CPU, fused: see compiled.py for what calls it and kernels.py for the
+/* The distance kernel with competition on the CPU, fused: see loop.py for what calls it and kernels.py for the
  * mathematics.
  *
  * Matrices are row-major. P is (pieces, rows, columns), Q (pieces, width, columns), and Q again as QT (pieces, columns,

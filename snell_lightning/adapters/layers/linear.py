@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snell_lightning.adapters.config import SnellConfig
-from snell_lightning.adapters.delta import Noise, Rows, SnellDelta, one_product_is_exact, tuned_linear, two_products
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.finding import why_not_adaptable
 from snell_lightning.adapters.guards import MergeFirstError, refuse_dropped_gradients, refuse_export
-from snell_lightning.adapters.recompute import layer_input
+from snell_lightning.adapters.layers.product import Rows, one_product_is_exact, tuned_linear, two_products
+from snell_lightning.adapters.layers.recompute import layer_input
+from snell_lightning.adapters.update.delta import SnellDelta
+from snell_lightning.adapters.update.noise import Noise
 
 # What a module keeps its users' hooks in.
 _HOOKS = frozenset(

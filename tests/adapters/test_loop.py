@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from snell_lightning.adapters import SnellConfig, SnellDelta, compiled
-from snell_lightning.adapters.delta import UpdateRule
+from snell_lightning.adapters import SnellConfig, SnellDelta
+from snell_lightning.adapters.update import loop
+from snell_lightning.adapters.update.rule import UpdateRule
 from tests.adapters.reference import relative_error
 
 pytestmark = pytest.mark.skipif(
@@ -27,7 +28,7 @@ SHAPES = [(5, 7), (33, 31), (64, 200), (700, 260), (512, 768)]
 def by_torch(patch: pytest.MonkeyPatch, method: Callable[..., Any], *arguments: object, **options: object) -> Any:
     """What a method of `UpdateRule` gives without the compiled code."""
     with patch.context() as context:
-        context.setattr(compiled, "applies", lambda *_: False)
+        context.setattr(loop, "applies", lambda *_: False)
         return method(*arguments, **options)
 
 
@@ -38,10 +39,10 @@ def factors_and_rule(shape: tuple[int, int], **settings: object) -> tuple[Tensor
 
 
 def test_the_code_is_built_here() -> None:
-    assert compiled.applies("distance", torch.empty(1), torch.empty(1))
-    assert not compiled.applies("linear", torch.empty(1), torch.empty(1))
-    assert not compiled.applies("distance", torch.empty(1, dtype=torch.float64), torch.empty(1))
-    assert not compiled.applies("distance", torch.empty(1), torch.empty(1), torch.empty(1, dtype=torch.float16))
+    assert loop.applies("distance", torch.empty(1), torch.empty(1))
+    assert not loop.applies("linear", torch.empty(1), torch.empty(1))
+    assert not loop.applies("distance", torch.empty(1, dtype=torch.float64), torch.empty(1))
+    assert not loop.applies("distance", torch.empty(1), torch.empty(1), torch.empty(1, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -152,7 +153,7 @@ def test_the_threshold_is_found_where_the_sample_misleads(monkeypatch: pytest.Mo
     matrix, expected = torch.empty(512, 768), torch.empty(512, 768)
     tau = rule.write(p, q, expected)
     for bracket in ((-1.0, 0.0), (1e6, 2e6), (0.0, 1e6)):  # above it, below it, and more than there is room for
-        monkeypatch.setattr(compiled, "bracket", lambda *_, values=bracket: values)
+        monkeypatch.setattr(loop, "bracket", lambda *_, values=bracket: values)
 
         assert torch.equal(rule.write(p, q, matrix), tau)
         assert torch.equal(matrix, expected)
@@ -178,7 +179,7 @@ def test_code_is_not_loaded_from_a_folder_that_others_can_write_to(tmp_path: Pat
     folder = tmp_path / "snell_lightning"
     folder.mkdir(mode=0o700)
     folder.chmod(0o777)
-    code = "from snell_lightning.adapters import compiled; assert compiled._library() is not None"
+    code = "from snell_lightning.adapters.update import loop; assert loop._library() is not None"
 
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, check=True)
 
@@ -188,11 +189,11 @@ def test_code_is_not_loaded_from_a_folder_that_others_can_write_to(tmp_path: Pat
 def test_code_that_was_built_before_is_used_where_there_is_no_compiler(tmp_path: Path) -> None:
     built = tmp_path / "built.so"
     # Of one generation of processors back, as in the images.
-    compiled.build(built, "x86-64-v3" if platform.machine() == "x86_64" else "native")
+    loop.build(built, "x86-64-v3" if platform.machine() == "x86_64" else "native")
     program = (
-        "import torch; from snell_lightning.adapters import *; from snell_lightning.adapters import compiled;"
+        "import torch; from snell_lightning.adapters import *; from snell_lightning.adapters.update import loop;"
         "torch.manual_seed(0); print(SnellDelta(64, 48, SnellConfig(rank=8)).weight().double().square().sum().item());"
-        "assert compiled._library()._name == {!r}"
+        "assert loop._library()._name == {!r}"
     )
     environment = {**os.environ, "SNELL_COMPILE": str(built), "CC": "no-compiler", "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(

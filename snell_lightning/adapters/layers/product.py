@@ -1,0 +1,285 @@
+"""The product with a tuned weight, which keeps nothing of the weight's size for backward.
+
+    x ──────────────> x W^T ──────────────────────(+)──> y
+     └─ dropout ────> x dW^T ─────── drop path ────┘
+                        ^
+        dW = S(K(P, Q)) │     kernel and competition, in fp32, made anew whenever needed
+                P, Q ───┘     the only trainable tensors
+
+Kept for backward are x (or what x can be made from again, see `recompute.py`), P, Q and one threshold per update:
+neither K, nor its mask, nor dW, nor a noise mask (a seed rebuilds those). Forward and backward each hold one matrix of
+the weight's size, the buffer in which K becomes W + dW, or in which the gradient of dW becomes W + dW; everything else
+is made in tiles.
+
+Where products are exact fp32 and no entry is dropped, `x (W + dW)^T` is one product. Otherwise there are two, because
+adding an update of 1e-5 to a bf16 weight of 0.03 (spacing 1e-4) would lose it. Of that, only the input's gradient in
+backward uses the sum: what is lost there is within the rounding of the low precision itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from snell_lightning.adapters.layers.recompute import Recipe
+from snell_lightning.adapters.update.delta import SnellDelta
+from snell_lightning.adapters.update.kernels import full_precision, kernel_dtype
+from snell_lightning.adapters.update.noise import Noise
+from snell_lightning.adapters.update.rule import UpdateRule
+
+# A low-precision copy of dW is brought to this size first where the type's range is short (fp16).
+_FP16_UPDATE_PEAK = 2.0**-4
+# The rows of a weight that an update belongs to: where they do not lie together, their numbers.
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the forward of a tuned layer decides and its backward follows; of tensors only the numbers of rows.
+
+    Attributes:
+        rules: How each update is made.
+        noise: Dropout and drop path, or None.
+        samples: Number of samples that the rows belong to.
+        recipe: How x is made from what is kept of it.
+        rows: Rows of the weight that each update belongs to; by default one below the other.
+    """
+
+    rules: list[UpdateRule]
+    noise: Noise | None
+    samples: int
+    recipe: Recipe
+    rows: Sequence[Rows] | None = None
+
+    @property
+    def scale(self) -> float:
+        """What the updates are multiplied with."""
+        return self.noise.scale if self.noise else 1.0
+
+    def updates(
+        self, factors: Sequence[Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[UpdateRule, Tensor, Tensor, Rows]]:
+        """Each update's rule, P and Q in the kernel's precision, and its rows of the weight."""
+        start = 0
+        for at, (rule, out_factors, in_factors) in enumerate(zip(self.rules, factors[::2], factors[1::2], strict=True)):
+            below = slice(start, start + out_factors.shape[1])
+            start = below.stop
+            rows = below if self.rows is None else self.rows[at]
+            yield rule, out_factors.to(dtype), in_factors.to(dtype), rows
+
+    def row_ranges(self, rows: int) -> tuple[list[slice], list[slice]]:
+        """Rows of kept samples, and of dropped ones."""
+        return self.noise.row_ranges(rows, self.samples) if self.noise else ([slice(0, rows)], [])
+
+    def dropped_entries(self, x: Tensor) -> Tensor | None:
+        """Where the updates' input `x (rows, in)` is dropped; None without dropout."""
+        return self.noise.dropped_entries(len(x), x.shape[1], x.device) if self.noise else None
+
+
+def tuned_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: Sequence[SnellDelta],
+    noise: Noise | None = None,
+    kept: Tensor | None = None,
+    recipe: Recipe | None = None,
+    rows: Sequence[Rows] | None = None,
+) -> Tensor:
+    """`x (W + dW)^T + b`, where the rows of dW are those of `deltas`.
+
+    Args:
+        x: `(batch, ..., in)`, in the type to compute in.
+        weight: Frozen `(out, in)`, in the type of x or a lower one.
+        bias: Frozen `(out,)` or None.
+        deltas: Updates of equal width whose heights sum to `out`.
+        noise: Dropout and drop path of the update, or None.
+        kept: What is kept for backward; by default x.
+        recipe: How x is made from that, if it is not x; both come from `layer_input`.
+        rows: Rows of the weight that each update belongs to; by default one below the other.
+
+    Returns:
+        `(batch, ..., out)` in the type of x.
+    """
+    factors = [factor for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
+    samples = len(x) if x.dim() > 1 else 1
+    plan = _Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype), rows)
+    y = _TunedLinear.apply(x, x.detach() if kept is None else kept, weight, bias, plan, *factors)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def one_product_is_exact(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product with `W + dW` keeps the update: only where products round no more than fp32 does."""
+    if weight.dtype.itemsize > x.dtype.itemsize:
+        return False
+    return x.dtype == torch.float64 or (x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
+
+
+def two_products(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    entries: Tensor | None = None,
+    kept: Sequence[slice] = (slice(None),),
+    dropped: Sequence[slice] = (),
+) -> Tensor:
+    """`x dW^T + x W^T + b`, in the type of x, where the update's product leaves out dropped entries and samples.
+
+    The update comes first, so that the sum is rounded once: added to a product that is rounded already, an update below
+    half the spacing would always be lost; this way it survives on average.
+
+    Args:
+        x: `(rows, in)`.
+        update: `(out, in)` in fp32, or in the type of x if that is bf16.
+        weight: `(out, in)`.
+        bias: `(out,)` or None.
+        entries: Mask of the entries of x that the update does not see, or None.
+        kept: Ranges of rows that the update sees.
+        dropped: The other rows.
+    """
+    noisy_x = x if entries is None else x.masked_fill(entries, 0.0)
+    update, factor = _representable(update, x.dtype)
+    y = x.new_empty(len(x), len(update))
+    for rows in kept:
+        torch.mm(noisy_x[rows], update.T, out=y[rows])
+    for rows in dropped:
+        y[rows] = 0.0
+    if factor is not None:
+        y = y.to(factor.dtype).div_(factor).to(y.dtype)
+    y.addmm_(x, weight.to(x.dtype).T)
+    return y if bias is None else y.add_(bias.to(x.dtype))
+
+
+class _TunedLinear(torch.autograd.Function):
+    """The tuned product. Inputs: x, what is kept of it, weight, bias, plan, then P and Q of each update in turn.
+
+    The output is `(rows, out)` whatever the leading dimensions of x are: a view made in here could not be modified in
+    place by what follows, as activation functions do.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *factors: Tensor
+    ) -> Tensor:
+        tall_x = x.reshape(-1, x.shape[-1])
+        kept_rows, dropped_rows = plan.row_ranges(len(tall_x))
+        entries = plan.dropped_entries(tall_x)
+        one_product = entries is None and one_product_is_exact(x, weight)
+
+        taus = []
+        dtype = kernel_dtype(*factors, x)
+        buffer = x.new_empty(weight.shape, dtype=dtype)
+        with full_precision(x.device.type):
+            for rule, p, q, rows in plan.updates(factors, dtype):
+                base = weight[rows] if one_product else None
+                part = buffer[rows]
+                taus.append(rule.write(p, q, part, base, plan.scale))
+                _put_back(buffer, rows, part)
+        with torch.autocast(x.device.type, enabled=False):
+            if one_product:
+                bias = None if bias is None else bias.to(x.dtype)
+                y = F.linear(tall_x, buffer, bias)
+                for rows in dropped_rows:
+                    y[rows] = F.linear(tall_x[rows], weight.to(x.dtype), bias)
+            else:
+                y = two_products(tall_x, buffer, weight, bias, entries, kept_rows, dropped_rows)
+        ctx.plan = plan
+        ctx.save_for_backward(kept, weight, *factors, *taus)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        plan: _Plan = ctx.plan
+        count = len(plan.rules)
+        kept, weight, *rest = ctx.saved_tensors
+        factors, taus = rest[: 2 * count], rest[2 * count :]
+        need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
+
+        x = plan.recipe.rebuild(kept)
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        kept_rows, dropped_rows = plan.row_ranges(len(x))
+        grad_weight = grad_bias = None
+        with torch.autocast(x.device.type, enabled=False):
+            if need_weight:
+                grad_weight = (grad_y.T @ x).to(weight.dtype)
+            if need_bias:
+                grad_bias = grad_y.sum(0)
+            entries = plan.dropped_entries(x)
+            x = x if entries is None else x.masked_fill(entries, 0.0)
+        # What grad_y is multiplied with, W + dW, comes into the place of the update's gradient.
+        dtype = kernel_dtype(*factors, x)
+        updates = list(zip(plan.updates(factors, dtype), taus, strict=True))
+        bases = [weight[rows] if entries is None else None for (*_, rows), _ in updates]
+        grads: list[Tensor | None] = []
+        if all(rule.samples(p, q, tau, grad_y, x, weight) for (rule, p, q, _), tau in updates):
+            buffer = grad_y.new_empty(weight.shape if need_x else 0)
+            for ((rule, p, q, rows), tau), base in zip(updates, bases, strict=True):
+                out = buffer[rows] if need_x else None
+                grads += rule.sampled_backward(p, q, tau, grad_y[:, rows], x, kept_rows, out, base, plan.scale)
+                if out is not None:
+                    _put_back(buffer, rows, out)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                buffer = _product_over(kept_rows, grad_y, x)
+            if buffer.dtype == torch.float16:
+                # An update may be too small for this type; what is written over the gradient is.
+                buffer = buffer.to(dtype)
+            del x
+            with full_precision(grad_y.device.type):
+                for ((rule, p, q, rows), tau), base in zip(updates, bases, strict=True):
+                    part = buffer[rows]
+                    grads += rule.backward(p, q, tau, part, base, plan.scale, rewrite=need_x)
+                    if need_x:
+                        _put_back(buffer, rows, part)
+        grads = [None if grad is None else grad.to(factors[0].dtype) for grad in grads]
+
+        grad_x = None
+        if need_x:
+            with torch.autocast(grad_y.device.type, enabled=False):
+                if entries is None:
+                    grad_x = grad_y @ buffer.to(grad_y.dtype)
+                    for rows in dropped_rows:
+                        grad_x[rows] = grad_y[rows] @ weight.to(grad_y.dtype)
+                else:
+                    update, factor = _representable(buffer, grad_y.dtype)
+                    grad_x = grad_y.new_empty(len(grad_y), weight.shape[1])
+                    for rows in kept_rows:
+                        torch.mm(grad_y[rows], update, out=grad_x[rows])
+                    for rows in dropped_rows:
+                        grad_x[rows] = 0.0
+                    if factor is not None:
+                        grad_x = grad_x.to(factor.dtype).div_(factor).to(grad_x.dtype)
+                    grad_x.masked_fill_(entries, 0.0).addmm_(grad_y, weight.to(grad_y.dtype))
+                grad_x = grad_x.view(shape)
+        return grad_x, None, grad_weight, grad_bias, None, *grads
+
+
+def _put_back(matrix: Tensor, rows: Rows, part: Tensor) -> None:
+    """Write rows that were taken out of a matrix; those that lie together are a view of it."""
+    if not isinstance(rows, slice):
+        matrix[rows] = part
+
+
+def _product_over(ranges: Sequence[slice], grad_y: Tensor, x: Tensor) -> Tensor:
+    """`grad_y^T x (out, in)` over these ranges of rows."""
+    if not ranges:
+        return grad_y.new_zeros(grad_y.shape[1], x.shape[1])
+    product = grad_y[ranges[0]].T @ x[ranges[0]]
+    for rows in ranges[1:]:
+        product.addmm_(grad_y[rows].T, x[rows])
+    return product
+
+
+def _representable(update: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """An update in a type; in fp16 multiplied with a power of two, returned too, or its entries would underflow."""
+    if dtype != torch.float16:
+        return update.to(dtype), None
+    peak = update.abs().amax().clamp(min=torch.finfo(update.dtype).tiny)
+    factor = torch.exp2(torch.floor(torch.log2(_FP16_UPDATE_PEAK / peak)))
+    return (update * factor).to(dtype), factor

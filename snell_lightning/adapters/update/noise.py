@@ -1,0 +1,62 @@
+"""Dropout and drop path of an update: probabilities and a seed, from which both masks are made again in backward."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Regularisation of an update during training: nothing but probabilities and a seed is stored.
+
+    Attributes:
+        dropout: Probability of dropping an entry of the update's input; kept to 1/65536.
+        drop_path: Probability of dropping a sample's whole update.
+        seed: Rebuilds both masks in backward.
+    """
+
+    dropout: float
+    drop_path: float
+    seed: int
+
+    @classmethod
+    def draw(cls, dropout: float, drop_path: float) -> "Noise | None":
+        """Noise for one forward, seeded from the main generator on the CPU; `None` where both probabilities are 0."""
+        if not dropout and not drop_path:
+            return None
+        return cls(dropout, drop_path, int(torch.randint(2**63 - 1, ()).item()))
+
+    @property
+    def _cut(self) -> int:
+        """How many of the 65536 values of 16 random bits drop an entry."""
+        return min(round(self.dropout * 2**16), 2**16 - 1)
+
+    @property
+    def scale(self) -> float:
+        """What the update is multiplied with, so that its mean stays."""
+        return 1 / ((1 - self._cut / 2**16) * (1 - self.drop_path))
+
+    def dropped_entries(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
+        """A mask `(rows, columns)`, true where the update's input is dropped; None without dropout."""
+        if not self._cut:
+            return None
+        generator = torch.Generator(device).manual_seed(self.seed)
+        # One 64-bit draw makes four entries: drawing is what a mask costs.
+        draws = torch.empty((rows * columns + 3) // 4, dtype=torch.int64, device=device)
+        bits = draws.random_(-(2**63), 2**63 - 1, generator=generator).view(torch.int16)
+        return (bits[: rows * columns] < self._cut - 2**15).view(rows, columns)
+
+    def row_ranges(self, rows: int, samples: int) -> tuple[list[slice], list[slice]]:
+        """Rows of kept samples and of dropped ones, of `rows` that belong to `samples` in turn; known to the host."""
+        if not self.drop_path or not samples:
+            return [slice(0, rows)], []
+        generator = torch.Generator().manual_seed(self.seed)
+        kept = (torch.rand(samples, generator=generator) >= self.drop_path).tolist()
+        ranges: tuple[list[slice], list[slice]] = [], []
+        each, start = rows // samples, 0
+        for sample in range(1, samples + 1):
+            if sample == samples or kept[sample] != kept[start]:
+                ranges[0 if kept[start] else 1].append(slice(start * each, sample * each))
+                start = sample
+        return ranges
