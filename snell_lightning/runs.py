@@ -99,7 +99,7 @@ class Run:
         if can_be_continued:
             # Not truncated before it is locked, and opened once: to close a second handle would release the lock.
             self._mark = (self.folder / _MARK).open("a+", encoding="utf-8")
-            if not _lock(self._mark):
+            if not lock(self._mark):
                 raise UserError(f"the run in {self.folder} is going on already")
             self.note(self.folder / CHECKPOINTS)
         return self.folder
@@ -205,7 +205,7 @@ def _read(mark: Path) -> dict[str, Any] | None:
     """What a mark says; None while the run is going on."""
     try:
         with mark.open("r+", encoding="utf-8") as file:
-            if not _lock(file):
+            if not lock(file):
                 return None
             text = file.read()
         return dict(json.loads(text or "{}"))
@@ -213,7 +213,7 @@ def _read(mark: Path) -> dict[str, Any] | None:
         return {}
 
 
-def _lock(file: IO[str]) -> bool:
+def lock(file: IO[str]) -> bool:
     """Take the lock on a file, whose owner is the process and not its children; whether nobody else has it."""
     if fcntl is not None:
         try:

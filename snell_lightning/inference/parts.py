@@ -2,6 +2,7 @@
 
     predictions.csv                whole, or not there
     predictions.csv.json           what it was made with: a later call goes on with it, or is refused
+    .predictions.csv.lock          while a process writes it; the system lets go of the lock when that ends in any way
     .predictions.csv.parts/        while there is something left to do
         plan.json                  the same, the images, and how large the file was before
         000000-2.csv ...           the rows of 256 images or so, of which 2 could not be read; written aside and renamed
@@ -14,12 +15,14 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.inference.tables import Columns, Row, Table
+from snell_lightning.runs import lock
 
 _PLAN = "plan.json"
 
@@ -41,6 +44,23 @@ class Parts:
         self.tasks: list[tuple[int, str]] = []
         self.bounds: list[tuple[int, int]] = []
         self._before: int | None = None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within, no other process writes this output.
+
+        Raises:
+            UserError: One does.
+        """
+        mark = self.output.with_name(f".{self.output.name}.lock")
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with mark.open("a", encoding="utf-8") as file:
+            if not lock(file):
+                raise UserError(f"another process is writing {self.output}; wait for it, or name another output")
+            try:
+                yield
+            finally:
+                mark.unlink(missing_ok=True)
 
     def resume(self) -> bool:
         """Take up what an earlier process left unfinished; False where there is nothing of the kind.

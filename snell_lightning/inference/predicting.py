@@ -84,6 +84,13 @@ def predict_images(job: Job) -> None:
     first = load_classifier(job.adapters[0], device, job.adapters[0])
     columns = _columns(job, first)
     parts = Parts(output, table, columns, _settings(job))
+    with parts.locked():
+        _predict(job, parts, first)
+
+
+def _predict(job: Job, parts: Parts, first: Classifier) -> None:
+    """What is left to do of an output that no other process writes."""
+    output, table, several = parts.output, parts.table, parts.columns.several
     if resumed := parts.resume():
         left = sum(len(parts.images(part)) for part in parts.missing)
         tell(f"predict: {output} goes on, with {left:,} of {len(parts.tasks):,} images left")
@@ -92,7 +99,7 @@ def predict_images(job: Job) -> None:
     for note in notes:
         tell(f"predict: {note}")
     done = parts.done_before()
-    names = [job.adapters[number] if columns.several else "" for number in range(len(job.adapters))]
+    names = [job.adapters[number] if several else "" for number in range(len(job.adapters))]
     tasks = [
         (number, image)
         for number in range(len(job.adapters))
@@ -105,7 +112,6 @@ def predict_images(job: Job) -> None:
         return
     if done:
         tell(f"predict: {len(images) * len(names) - len(tasks):,} rows are in {output} already, {len(tasks):,} are not")
-    output.parent.mkdir(parents=True, exist_ok=True)
     parts.begin(tasks, max(1, _PART // job.batch_size) * job.batch_size)
     _finish(job, parts, first)
 

@@ -229,6 +229,30 @@ class TestGoingOn:
         assert (tmp_path / "mine.csv").read_text() == "a,b\n"
 
 
+def test_an_output_that_another_process_writes_is_left_to_it(
+    run: Run, adapter: Path, photos: Path, tmp_path: Path
+) -> None:
+    mark = tmp_path / ".found.csv.lock"
+    code = f"""
+import fcntl, sys
+file = open({str(mark)!r}, "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    arguments = ("--adapter", adapter, "--images", photos, "--output", tmp_path / "found.csv")
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+
+        assert "another process is writing" in run(*arguments, fails=True)
+        assert not (tmp_path / "found.csv").exists()
+
+        other.kill()
+    run(*arguments)
+    assert len(read_csv(tmp_path / "found.csv")) == IMAGES
+
+
 def _stop_after(
     monkeypatch: pytest.MonkeyPatch, module: object, name: str, at: int, arguments: tuple[object, ...]
 ) -> bool:
