@@ -39,6 +39,7 @@ TOLERANCE = 1e-4
 """Largest difference of a logit, as a share of the largest logit where that is above 1."""
 _LOST = 0.1  # of what tuning changed in the logits, what a lower precision may change
 _IMAGES = 16
+_ONE_FILE = 2**30  # bytes of weights; ONNX files end at 2 GiB, and have them in a second file then
 
 Model = Callable[[Tensor], Tensor]
 
@@ -238,7 +239,7 @@ def _write_onnx(tuned: Classifier, folder: Path, job: Merge) -> None:
         output_names=["logits"],
         dynamic_shapes=_any_batch(),
         dynamo=True,
-        external_data=False,
+        external_data=sum(tensor.nbytes for tensor in tuned.model.state_dict().values()) > _ONE_FILE,
         verbose=False,
     )
 

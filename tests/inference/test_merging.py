@@ -172,6 +172,20 @@ def test_torch_export_takes_any_batch(run: Run, adapter: Path, photos: Path, tmp
         torch.testing.assert_close(exported(batch), logits(expected, batch), rtol=1e-4, atol=1e-4)
 
 
+def test_onnx_has_the_weights_of_a_large_model_in_a_file_of_their_own(
+    run: Run, adapter: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "_ONE_FILE", 2**20)
+
+    run("--adapter", adapter, "--output", tmp_path / "large", "--format", "onnx")
+
+    assert (tmp_path / "large" / "model.onnx").stat().st_size < 2**20
+    seen = images(photos, adapter)
+    expected = logits(load_classifier(adapter, "cpu").model, seen)
+    found = logits(merging._read_onnx(tmp_path / "large"), seen)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 class TestLowerPrecision:
     def test_an_update_that_it_loses_is_refused_with_the_figure(self, run: Run, photos: Path, tmp_path: Path) -> None:
         module = tuned(photos)
