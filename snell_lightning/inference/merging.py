@@ -79,7 +79,9 @@ def merge_adapter(job: Merge) -> None:
     pictures = _pictures(job.images)
     images = torch.stack([tuned.transform(picture) for picture in pictures])
     expected = _logits(tuned.model, images)
-    untuned = _logits(_without_update(tuned), images)
+    # Of a linear probe all of the logits are what tuning has made.
+    probe = tuned.metadata["config"] is None
+    untuned = torch.zeros_like(expected) if probe else _logits(_without_update(tuned), images)
     tuned.merge()
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -213,6 +213,14 @@ class TestLowerPrecision:
         with safe_open(tmp_path / "plain" / "model.safetensors", framework="pt") as file:
             assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
 
+    def test_a_linear_probe_has_its_head_to_lose_and_nothing_else(self, run: Run, photos: Path, tmp_path: Path) -> None:
+        file = save(tmp_path / "adapter.safetensors", tuned(photos, config=None), photos)
+        arguments = ("--adapter", file, "--images", photos, "--output", tmp_path / "plain")
+
+        said = run(*arguments, "--precision", "bfloat16")
+
+        assert "(timm, bfloat16)" in said
+
 
 def test_the_card_has_what_hubs_read_and_its_code_runs(
     run: Run, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
