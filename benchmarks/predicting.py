@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 
-from benchmarks.common import RESULTS, environment, in_turns, median, print_table, ratio, write_result
+from benchmarks.common import RESULTS, environment, in_turns, median, print_table, ratio, seconds, write_result
 from snell_lightning import ImageClassifier, ImageDataModule, save_adapter
 from snell_lightning.adapters import deltas
 from snell_lightning.inference.merging import Merge, merge_adapter
@@ -85,13 +85,6 @@ def plain_loop(folder: Path, images: Path, output: Path, workers: int) -> None:
             writer.writerow([path, *(text for pair in row for text in pair)])
 
 
-def timed(job: object, *arguments: object) -> float:
-    """Seconds of a call."""
-    begun = time.perf_counter()
-    job(*arguments)  # type: ignore[operator]
-    return time.perf_counter() - begun
-
-
 def killed_and_run_again(adapter: Path, images: Path, output: Path, count: int) -> dict[str, int]:
     """Kill the command at about a third, run it again, and count the rows.
 
@@ -125,6 +118,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     given = parser.parse_args()
+    cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         images, adapter, merged = folder / "images", folder / "adapter.safetensors", folder / "merged"
@@ -142,23 +136,24 @@ def main() -> None:
         def ours() -> float:
             output = folder / f"ours-{next(turn)}.csv"
             job = Job([str(adapter)], [str(few)], str(output), TOP, batch_size=BATCH, num_workers=given.workers)
-            return timed(predict_images, job)
+            return seconds(lambda: predict_images(job), cpu)
 
         def plain() -> float:
-            return timed(plain_loop, merged, few, folder / f"plain-{next(turn)}.csv", given.workers)
+            output = folder / f"plain-{next(turn)}.csv"
+            return seconds(lambda: plain_loop(merged, few, output, given.workers), cpu)
 
-        seconds = in_turns({"plain loop": plain, "predict": ours}, given.rounds)
+        took = in_turns({"plain loop": plain, "predict": ours}, given.rounds)
         again = killed_and_run_again(adapter, images, folder / "killed.csv", given.images)
-    rates = {name: median([count / value for value in values]) for name, values in seconds.items()}
+    rates = {name: median([count / value for value in values]) for name, values in took.items()}
     result = {
         "images": count,
         "batch_size": BATCH,
         "workers": given.workers,
         "images_per_second": rates,
         "ratio": ratio(rates["predict"], rates["plain loop"]),
-        "seconds": seconds,
+        "seconds": took,
         "killed": again,
-        "environment": environment(torch.device("cpu")),
+        "environment": environment(cpu),
     }
     write_result(RESULTS / "predicting.json", result)
     rows = [(name, f"{rate:,.0f}", f"{rate / rates['plain loop']:.2f}") for name, rate in rates.items()]

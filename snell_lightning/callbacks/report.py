@@ -144,13 +144,13 @@ class ClassReport(Callback):
 
     def _indices(self, loader: Any, number: int, count: int) -> list[int] | None:
         """Which images of the data set a batch holds; None where that cannot be told."""
-        batches = getattr(loader, "batch_sampler", None)
+        batches: Any = getattr(loader, "batch_sampler", None)
         sampler = getattr(batches, "sampler", None)
         if not isinstance(sampler, ShardSampler):
             return None
         if self._order is None:
             self._order = list(sampler)
-        size: int = batches.batch_size  # type: ignore[union-attr]
+        size: int = batches.batch_size
         bad = loader.dataset.unreadable
         found = [index for index in self._order[number * size : (number + 1) * size] if index not in bad]
         return found if len(found) == count else None
@@ -186,7 +186,7 @@ class ClassReport(Callback):
         if self._log_dir is None or not trainer.is_global_zero:
             return
         drawn = {"confusion": draw_confusion(report.classes, confusion(report))}
-        opener = getattr(getattr(trainer.datamodule, "splits", None), "open_image", None)  # type: ignore[attr-defined]
+        opener = getattr(getattr(getattr(trainer, "datamodule", None), "splits", None), "open_image", None)
         if opener is not None and report.wrong:
             drawn["wrong"] = draw_wrong(report.classes, report.wrong, opener)
         for name, picture in drawn.items():

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -227,12 +228,9 @@ def _require_transform(folder: Path, pictures: Sequence[Image.Image], images: Te
 
 
 def _write_onnx(tuned: Classifier, folder: Path, job: Merge) -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--format onnx needs {error.name}: pip install 'snell_lightning[onnx]'") from error
+    absent = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if absent:
+        raise UserError(f"--format onnx needs {absent[0]}: pip install 'snell_lightning[onnx]'")
     torch.onnx.export(
         tuned.model.eval(),
         (_example(tuned),),
