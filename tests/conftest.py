@@ -6,6 +6,8 @@ from collections.abc import Iterator
 # Before torch is loaded, and for every process that a test starts: tests share the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Programs for a GPU are run by Triton's interpreter, which Triton decides on when it is loaded.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Imported first, as on the command line: Python keeps one object for `int | float` and `float | int`, that of the
 # module that wrote it first, and it decides whether a 4 in a config is parsed as 4 or as 4.0.

@@ -1,0 +1,79 @@
+"""The update, or the weight with the update, of one layer in one launch: one read of the weight, one write.
+
+The plain statement of the same is `UpdateRule.write`, called for one update after the other.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from snell_lightning.adapters.update.triton.entries import entries, survivors
+from snell_lightning.adapters.update.triton.table import PLACES, ROWS, WARPS, Table
+
+
+@triton.jit
+def _write(
+    updates, programs, taus, scale, factor, order, base, base_stride, out, width,
+    PIECES: tl.constexpr, DISTANCE: tl.constexpr, SPARSIFIER: tl.constexpr, TYPE: tl.constexpr,
+    ROWS: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    update = tl.load(programs + 2 * program)
+    about = updates + 8 * update
+    p = tl.load(about).to(tl.pointer_type(TYPE))
+    q = tl.load(about + 1).to(tl.pointer_type(TYPE))
+    height = tl.load(about + 2).to(tl.int32)
+    columns = tl.load(about + 4).to(tl.int32)
+    rows = tl.load(programs + 2 * program + 1) * ROWS + tl.arange(0, ROWS)
+    places = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+    tau = 0.0
+    if SPARSIFIER != 3:
+        tau = tl.load(taus + update)
+    value = survivors(entries(p, q, height, width, columns, scale, rows, places, PIECES, DISTANCE), tau, SPARSIFIER)
+    value *= factor
+    inside = (rows < height)[:, None] & (places < width)[None, :]
+    # Of rows that do not lie together the order tells where each one is.
+    of_weight = tl.load(about + 5) + rows
+    if order is not None:
+        of_weight = tl.load(order + of_weight, mask=rows < height, other=0)
+    if base is not None:
+        value += tl.load(base + of_weight[:, None] * base_stride + places[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
+    tl.store(out + of_weight[:, None] * width + places[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+def write(
+    table: Table,
+    taus: Tensor | None,
+    out: Tensor,
+    base: Tensor | None,
+    order: Tensor | None,
+    scale: float,
+    factor: float,
+    pieces: int,
+    distance: bool,
+    sparsifier: int,
+    kind: tl.dtype,
+) -> None:
+    """Write `base + factor * update` to `out (out, in)`, rounded once to its type.
+
+    Args:
+        table: The layer's updates.
+        taus: The threshold of each; None where they are dense.
+        out: Contiguous.
+        base: `(out, in)` of any floating type, with contiguous rows, or None for zero.
+        order: The row of the weight that each row of the updates belongs to, or None where they are in turn.
+        scale: Size of the distance kernel's coefficients.
+        factor: What the update is multiplied with.
+        pieces: Of the factors.
+        distance: Whether the kernel is `distance`, not `linear`.
+        sparsifier: Its number, from `SPARSIFIERS`.
+        kind: The factors' type.
+    """
+    stride = 0 if base is None else base.stride(0)
+    _write[(len(table.programs), -(-table.widest // PLACES))](
+        table.updates, table.programs, taus, scale, factor, order, base, stride, out, table.widest,
+        PIECES=pieces, DISTANCE=distance, SPARSIFIER=sparsifier, TYPE=kind, ROWS=ROWS, PLACES=PLACES,
+        num_warps=WARPS,
+    )  # fmt: skip
