@@ -3,9 +3,9 @@
     python -m benchmarks.programs                          all of them, for compute capability 8.0 and 9.0
     python -m benchmarks.programs --capabilities 9.0
 
-Every program of `adapters/update/triton` is compiled ahead of time, for each kernel, sparsifier and number of pieces, and
-`ptxas` says what it needs. A rank is no part of a program: it adds one column of the factors after the other. A register
-that is spilled lives in slow memory, so that spills are an error here.
+Every program of `adapters/update/triton` is compiled ahead of time, for each kernel and sparsifier and several numbers
+of pieces, and `ptxas` says what it needs. A rank is no part of a program, which adds one column of the factors after
+the other. A register that is spilled lives in slow memory, so that spills are an error here.
 """
 
 import argparse

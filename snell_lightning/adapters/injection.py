@@ -31,6 +31,7 @@ from snell_lightning.adapters.names import plain_name, unwrapped
 from snell_lightning.adapters.projections import divide
 from snell_lightning.adapters.statistics import freeze_statistics, release_statistics, trained_statistics
 from snell_lightning.adapters.update.delta import SnellDelta
+from snell_lightning.adapters.update.shared import SharedThresholds
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +93,9 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
         id(layer): SnellLinear(layer, layer_config(name, config), parts[name] or 1, len(targets))
         for name, layer in targets.items()
     }
+    shared = SharedThresholds()
+    for layer in adapted.values():
+        layer.thresholds = shared
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
             if id(child) in adapted:

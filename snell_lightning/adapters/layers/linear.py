@@ -17,10 +17,12 @@ from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.finding import why_not_adaptable
 from snell_lightning.adapters.guards import MergeFirstError, refuse_dropped_gradients, refuse_export
-from snell_lightning.adapters.layers.product import Rows, one_product_is_exact, tuned_linear, two_products
+from snell_lightning.adapters.layers.product import make_matrix, one_product_is_exact, tuned_linear, two_products
 from snell_lightning.adapters.layers.recompute import layer_input
 from snell_lightning.adapters.update.delta import SnellDelta
+from snell_lightning.adapters.update.kernels import full_precision
 from snell_lightning.adapters.update.noise import Noise
+from snell_lightning.adapters.update.shared import SharedThresholds
 
 # What a module keeps its users' hooks in.
 _HOOKS = frozenset(
@@ -64,11 +66,12 @@ class SnellLinear(nn.Module):
             SnellDelta(self.in_features, rows, config, device=device, layers=layers) for rows in sizes
         )
         # Where updates do not lie one below the other: the row of the weight that each row of theirs belongs to.
-        self._sizes = sizes
         self.register_buffer("_order", None if order is None else order.to(device), persistent=False)
         self._stride = (linear.stride[0], linear.stride[1]) if isinstance(linear, nn.Conv2d) else None
         # In a list, so that it is no submodule: what `merged` turns back into the plain layer.
         self._plain = [linear]
+        # `inject` gives all layers of a model the same one.
+        self.thresholds = SharedThresholds()
         # For `guard`: whether something has read the weight, and whether the layer was called.
         self.read = self.called = False
         # Hooks go on being called, and whoever has their handles can remove them.
@@ -110,7 +113,8 @@ class SnellLinear(nn.Module):
         x, kept, recipe = layer_input(x, self._stride, rebuild=self.config.recompute != "none")
         if self.training or torch.is_grad_enabled():
             noise = Noise.draw(self.config.dropout, self.config.drop_path) if self.training else None
-            y = tuned_linear(x, self._flat_weight, self.bias, self.updates, noise, kept, recipe, self._rows)
+            order, taus = self._buffers["_order"], self.thresholds.of(self)
+            y = tuned_linear(x, self._flat_weight, self.bias, self.updates, noise, kept, recipe, order, taus)
         else:
             y = self._evaluate(x)
         return y if self._stride is None else y.permute(0, 3, 1, 2)
@@ -121,12 +125,6 @@ class SnellLinear(nn.Module):
         weight = self._parameters["weight"]
         assert weight is not None
         return weight.flatten(1)
-
-    @property
-    def _rows(self) -> list[Rows] | None:
-        """The rows of each update; None where they lie one below the other."""
-        order = self._buffers["_order"]
-        return None if order is None else list(order.split(self._sizes))
 
     def whole_update(self) -> Tensor:
         """The updates as one matrix `(out, in)`, as applied, in fp32; differentiable."""
@@ -146,6 +144,7 @@ class SnellLinear(nn.Module):
     def train(self, mode: bool = True) -> "SnellLinear":
         """Training mode; what evaluation has made is dropped, and after training it is made for every batch."""
         self.keep_made(self._keeps_made and not mode)
+        self.thresholds.forget(self)
         return super().train(mode)
 
     def _nested(self, x: Tensor) -> Tensor:
@@ -177,8 +176,11 @@ class SnellLinear(nn.Module):
         if self._made is not None and self._made[0] == key:
             return self._made[1]
         self._made = None
-        update = self.whole_update()
-        made = update.to(dtype) if base is None else update.add_(base).to(dtype)
+        weight = self._flat_weight
+        with full_precision(weight.device.type):
+            made = make_matrix(
+                self.updates, weight.shape, dtype, base, self._buffers["_order"], self.thresholds.of(self)
+            )
         if self._keeps_made:
             self._made = key, made
         return made

@@ -16,7 +16,7 @@ adding an update of 1e-5 to a bf16 weight of 0.03 (spacing 1e-4) would lose it. 
 backward uses the sum: what is lost there is within the rounding of the low precision itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,10 @@ from snell_lightning.adapters.update.delta import SnellDelta
 from snell_lightning.adapters.update.kernels import full_precision, kernel_dtype
 from snell_lightning.adapters.update.noise import Noise
 from snell_lightning.adapters.update.rule import UpdateRule
+from snell_lightning.adapters.update.stack import Stack
 
 # A low-precision copy of dW is brought to this size first where the type's range is short (fp16).
 _FP16_UPDATE_PEAK = 2.0**-4
-# The rows of a weight that an update belongs to: where they do not lie together, their numbers.
-Rows = slice | Tensor
 
 
 @dataclass(frozen=True)
@@ -46,30 +45,19 @@ class _Plan:
         noise: Dropout and drop path, or None.
         samples: Number of samples that the rows belong to.
         recipe: How x is made from what is kept of it.
-        rows: Rows of the weight that each update belongs to; by default one below the other.
+        order: Rows of the weight that the updates' rows belong to; by default one below the other.
     """
 
     rules: list[UpdateRule]
     noise: Noise | None
     samples: int
     recipe: Recipe
-    rows: Sequence[Rows] | None = None
+    order: Tensor | None = None
 
     @property
     def scale(self) -> float:
         """What the updates are multiplied with."""
         return self.noise.scale if self.noise else 1.0
-
-    def updates(
-        self, factors: Sequence[Tensor], dtype: torch.dtype
-    ) -> Iterator[tuple[UpdateRule, Tensor, Tensor, Rows]]:
-        """Each update's rule, P and Q in the kernel's precision, and its rows of the weight."""
-        start = 0
-        for at, (rule, out_factors, in_factors) in enumerate(zip(self.rules, factors[::2], factors[1::2], strict=True)):
-            below = slice(start, start + out_factors.shape[1])
-            start = below.stop
-            rows = below if self.rows is None else self.rows[at]
-            yield rule, out_factors.to(dtype), in_factors.to(dtype), rows
 
     def row_ranges(self, rows: int) -> tuple[list[slice], list[slice]]:
         """Rows of kept samples, and of dropped ones."""
@@ -88,7 +76,8 @@ def tuned_linear(
     noise: Noise | None = None,
     kept: Tensor | None = None,
     recipe: Recipe | None = None,
-    rows: Sequence[Rows] | None = None,
+    order: Tensor | None = None,
+    taus: Tensor | None = None,
 ) -> Tensor:
     """`x (W + dW)^T + b`, where the rows of dW are those of `deltas`.
 
@@ -100,16 +89,44 @@ def tuned_linear(
         noise: Dropout and drop path of the update, or None.
         kept: What is kept for backward; by default x.
         recipe: How x is made from that, if it is not x; both come from `layer_input`.
-        rows: Rows of the weight that each update belongs to; by default one below the other.
+        order: Rows of the weight that the updates' rows belong to; by default one below the other.
+        taus: The updates' thresholds, where they are known.
 
     Returns:
         `(batch, ..., out)` in the type of x.
     """
     factors = [factor for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
     samples = len(x) if x.dim() > 1 else 1
-    plan = _Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype), rows)
-    y = _TunedLinear.apply(x, x.detach() if kept is None else kept, weight, bias, plan, *factors)
+    plan = _Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype), order)
+    y = _TunedLinear.apply(x, x.detach() if kept is None else kept, weight, bias, plan, taus, *factors)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def make_matrix(
+    deltas: Sequence[SnellDelta],
+    shape: torch.Size,
+    dtype: torch.dtype,
+    base: Tensor | None,
+    order: Tensor | None,
+    taus: Tensor | None,
+) -> Tensor:
+    """`base + dW (out, in)`, without a gradient.
+
+    Args:
+        deltas: As in `tuned_linear`.
+        shape: That of the weight.
+        dtype: Type of the result.
+        base: `(out, in)`, or None for zero.
+        order: As in `tuned_linear`.
+        taus: As in `tuned_linear`.
+    """
+    factors = [factor.detach() for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
+    stack = Stack([delta.rule for delta in deltas], factors, order)
+    made = factors[0].new_empty(shape, dtype=dtype)
+    if not stack.together(made):
+        made = factors[0].new_empty(shape, dtype=kernel_dtype(*factors, made))
+    stack.write(made, base, 1.0, taus)
+    return made.to(dtype)
 
 
 def one_product_is_exact(x: Tensor, weight: Tensor) -> bool:
@@ -156,7 +173,7 @@ def two_products(
 
 
 class _TunedLinear(torch.autograd.Function):
-    """The tuned product. Inputs: x, what is kept of it, weight, bias, plan, then P and Q of each update in turn.
+    """The tuned product. Inputs: x, what is kept of it, weight, bias, plan, thresholds, then P and Q of each update.
 
     The output is `(rows, out)` whatever the leading dimensions of x are: a view made in here could not be modified in
     place by what follows, as activation functions do.
@@ -164,22 +181,24 @@ class _TunedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        kept: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: _Plan,
+        known: Tensor | None,
+        *factors: Tensor,
     ) -> Tensor:
         tall_x = x.reshape(-1, x.shape[-1])
         kept_rows, dropped_rows = plan.row_ranges(len(tall_x))
         entries = plan.dropped_entries(tall_x)
         one_product = entries is None and one_product_is_exact(x, weight)
 
-        taus = []
-        dtype = kernel_dtype(*factors, x)
-        buffer = x.new_empty(weight.shape, dtype=dtype)
+        stack = Stack(plan.rules, factors, plan.order)
+        buffer = x.new_empty(weight.shape, dtype=_type_of_update(stack, x))
         with full_precision(x.device.type):
-            for rule, p, q, rows in plan.updates(factors, dtype):
-                base = weight[rows] if one_product else None
-                part = buffer[rows]
-                taus.append(rule.write(p, q, part, base, plan.scale))
-                _put_back(buffer, rows, part)
+            taus = stack.write(buffer, weight if one_product else None, plan.scale, known)
         with torch.autocast(x.device.type, enabled=False):
             if one_product:
                 bias = None if bias is None else bias.to(x.dtype)
@@ -196,9 +215,10 @@ class _TunedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
-        count = len(plan.rules)
+        count = 2 * len(plan.rules)
         kept, weight, *rest = ctx.saved_tensors
-        factors, taus = rest[: 2 * count], rest[2 * count :]
+        factors, taus = rest[:count], rest[count:]
+        stack = Stack(plan.rules, factors, plan.order)
         need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
 
         x = plan.recipe.rebuild(kept)
@@ -213,31 +233,21 @@ class _TunedLinear(torch.autograd.Function):
             entries = plan.dropped_entries(x)
             x = x if entries is None else x.masked_fill(entries, 0.0)
         # What grad_y is multiplied with, W + dW, comes into the place of the update's gradient.
-        dtype = kernel_dtype(*factors, x)
-        updates = list(zip(plan.updates(factors, dtype), taus, strict=True))
-        bases = [weight[rows] if entries is None else None for (*_, rows), _ in updates]
-        grads: list[Tensor | None] = []
-        if all(rule.samples(p, q, tau, grad_y, x, weight) for (rule, p, q, _), tau in updates):
+        base = weight if entries is None else None
+        if stack.samples(taus, grad_y, x, weight):
             buffer = grad_y.new_empty(weight.shape if need_x else 0)
-            for ((rule, p, q, rows), tau), base in zip(updates, bases, strict=True):
-                out = buffer[rows] if need_x else None
-                grads += rule.sampled_backward(p, q, tau, grad_y[:, rows], x, kept_rows, out, base, plan.scale)
-                if out is not None:
-                    _put_back(buffer, rows, out)
+            out = buffer if need_x else None
+            grads = stack.sampled_backward(taus, grad_y, x, kept_rows, out, base, plan.scale)
         else:
             with torch.autocast(x.device.type, enabled=False):
                 buffer = _product_over(kept_rows, grad_y, x)
             if buffer.dtype == torch.float16:
                 # An update may be too small for this type; what is written over the gradient is.
-                buffer = buffer.to(dtype)
+                buffer = buffer.float()
             del x
             with full_precision(grad_y.device.type):
-                for ((rule, p, q, rows), tau), base in zip(updates, bases, strict=True):
-                    part = buffer[rows]
-                    grads += rule.backward(p, q, tau, part, base, plan.scale, rewrite=need_x)
-                    if need_x:
-                        _put_back(buffer, rows, part)
-        grads = [None if grad is None else grad.to(factors[0].dtype) for grad in grads]
+                grads = stack.backward(taus, buffer, base, plan.scale, rewrite=need_x)
+        grads = [grad.to(factors[0].dtype) for grad in grads]
 
         grad_x = None
         if need_x:
@@ -257,13 +267,14 @@ class _TunedLinear(torch.autograd.Function):
                         grad_x = grad_x.to(factor.dtype).div_(factor).to(grad_x.dtype)
                     grad_x.masked_fill_(entries, 0.0).addmm_(grad_y, weight.to(grad_y.dtype))
                 grad_x = grad_x.view(shape)
-        return grad_x, None, grad_weight, grad_bias, None, *grads
+        return grad_x, None, grad_weight, grad_bias, None, None, *grads
 
 
-def _put_back(matrix: Tensor, rows: Rows, part: Tensor) -> None:
-    """Write rows that were taken out of a matrix; those that lie together are a view of it."""
-    if not isinstance(rows, slice):
-        matrix[rows] = part
+def _type_of_update(stack: Stack, x: Tensor) -> torch.dtype:
+    """The type that an update is made in: that of the product, where it may be rounded to that at once."""
+    if x.dtype == torch.bfloat16 and stack.together(x):
+        return x.dtype
+    return kernel_dtype(*stack.factors, x)
 
 
 def _product_over(ranges: Sequence[slice], grad_y: Tensor, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from snell_lightning.adapters.config import SnellConfig, check_fraction
 from snell_lightning.adapters.update.kernels import full_precision, kernel_dtype
 from snell_lightning.adapters.update.rule import UpdateRule
+from snell_lightning.adapters.update.stack import Stack
 
 
 class SnellDelta(nn.Module):
@@ -102,16 +103,16 @@ class _Update(torch.autograd.Function):
         dtype = kernel_dtype(out_factors, in_factors)
         with full_precision(out_factors.device.type):
             update = out_factors.new_empty(out_factors.shape[1], in_factors.shape[1], dtype=dtype)
-            tau = rule.write(out_factors.to(dtype), in_factors.to(dtype), update)
+            taus = Stack([rule], [out_factors, in_factors]).write(update, None, 1.0, None)
         ctx.rule = rule
-        ctx.save_for_backward(out_factors, in_factors, tau)
+        ctx.save_for_backward(out_factors, in_factors, *taus)
         return update
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        out_factors, in_factors, tau = ctx.saved_tensors
-        dtype = kernel_dtype(out_factors, in_factors)
+        out_factors, in_factors, *taus = ctx.saved_tensors
         with full_precision(grad.device.type):
-            grads = ctx.rule.backward(out_factors.to(dtype), in_factors.to(dtype), tau, grad, rewrite=False)
+            stack = Stack([ctx.rule], [out_factors, in_factors])
+            grads = stack.backward(taus, grad.contiguous(), None, 1.0, rewrite=False)
         return grads[0].to(out_factors.dtype), grads[1].to(in_factors.dtype), None

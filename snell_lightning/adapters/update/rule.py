@@ -1,8 +1,9 @@
 """How factors become an update: kernel and competition as one rule, whatever computes them.
 
 `write` makes `base + factor * S(K(P, Q))` in a buffer; `backward` takes that matrix's gradient to the factors, and puts
-the matrix in the gradient's place. Both work in tiles, without anything else of the matrix's size. Which engine does it
-follows from where the factors are: the compiled loop of the CPU, or torch's operations.
+the matrix in the gradient's place. Both work in tiles, without anything else of the matrix's size. The compiled loop
+does it on the CPU where that can be had, torch's operations elsewhere; `stack.py` does so on a GPU, for several updates
+at once.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor
 
 from snell_lightning.adapters.update import loop
-from snell_lightning.adapters.update.competition import shrink_, survivor_slopes, survivor_values_, threshold, tiles
+from snell_lightning.adapters.update.competition import (
+    shrink_,
+    survivor_slopes,
+    survivor_values_,
+    survivors_rank,
+    threshold,
+    tiles,
+)
 from snell_lightning.adapters.update.kernels import evaluate
 
 
@@ -29,6 +37,10 @@ class UpdateRule:
     def dense(self) -> bool:
         """Whether every entry takes part: no sparsifier, or nothing to drop."""
         return self.sparsifier == "none" or self.sparsity == 0
+
+    def rank(self, out_factors: Tensor, in_factors: Tensor) -> int:
+        """The rank of the threshold among the absolute values, from 1 for the smallest."""
+        return survivors_rank(out_factors.shape[1] * in_factors.shape[1], self.sparsity)
 
     def write(
         self, out_factors: Tensor, in_factors: Tensor, buffer: Tensor, base: Tensor | None = None, factor: float = 1.0

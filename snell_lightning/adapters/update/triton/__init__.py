@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-# Kinds of devices that programs are written for.
+# Kinds of devices that programs are written for, and types of matrices.
 DEVICES = frozenset({"cuda", "xpu"})
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor})
-_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # The first compute capability of NVIDIA's devices that Triton supports.
 _CAPABILITY = (8, 0)
 
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 def applies(*factors: Tensor) -> bool:
     """Whether this folder does the work for updates of these factors."""
     first = factors[0]
-    if first.device.type not in DEVICES or first.dtype not in _TYPES:
+    if first.device.type not in DEVICES or first.dtype not in TYPES:
         return False
     # Factors that are spread over processes have no address of their own.
     same = all(type(each) in _PLAIN and each.dtype == first.dtype and each.device == first.device for each in factors)

@@ -1,0 +1,213 @@
+"""Tuned layers and models with the GPU's programs, run by Triton's interpreter, against the same without them."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from snell_lightning.adapters import SnellConfig, SnellLinear, inject
+from snell_lightning.adapters.update import triton
+from tests.adapters.models import make_images, make_model
+from tests.adapters.reference import relative_error
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow):RuntimeWarning")
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take the CPU for a device that programs are written for."""
+    triton.usable.cache_clear()
+    monkeypatch.setattr(triton, "DEVICES", frozenset({"cpu"}))
+    assert triton.usable(torch.device("cpu"))
+    yield
+    triton.usable.cache_clear()
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of this package's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "snell":
+            self.of[func._opname] = self.of.get(func._opname, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def layer(slices: object = 1, **settings: object) -> SnellLinear:
+    torch.manual_seed(0)
+    config = SnellConfig(**{"rank": 4, "sparsity": 0.8, "start": "random", "scale": 0.5, **settings})
+    return SnellLinear(nn.Linear(20, 36), config, slices=slices)
+
+
+def step(layer: SnellLinear, x: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
+    return [y.detach(), x.grad, *(parameter.grad for parameter in layer.deltas.parameters())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("slices", "settings"),
+    [
+        (1, {}),
+        (3, {}),
+        (3, {"sparsity": 0.0}),
+        ([range(0, 36, 2), range(1, 36, 2)], {}),
+        (1, {"sparsifier": "magnitude", "pieces": 1}),
+        (2, {"kernel": "linear"}),
+        (1, {"dropout": 0.2}),
+        (2, {"drop_path": 0.5}),
+    ],
+)
+def test_a_layer_gives_what_it_gives_without_them(
+    request: pytest.FixtureRequest, slices: object, settings: dict, dtype: torch.dtype
+) -> None:
+    one, other = layer(slices, **settings), layer(slices, **settings)
+    x = torch.randn(6, 3, 20).to(dtype)
+
+    expected = step(one, x)
+    request.getfixturevalue("programs")
+    with Calls() as calls:
+        found = step(other, x)
+
+    # What is made in bf16 here, the update, is made in fp32 and then rounded there.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert relative_error(ours.float(), theirs.float()) < tolerance
+    dense = settings.get("sparsity") == 0.0
+    assert calls.of == {"write_all": 1, "backward_all": 1} | ({} if dense else {"thresholds": 1})
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_gives_what_training_gives(dtype: torch.dtype) -> None:
+    tuned = layer(3)
+    x = torch.randn(5, 20).to(dtype)
+
+    trained = tuned(x)
+    tuned.eval()
+    with torch.no_grad():
+        evaluated = tuned(x)
+
+    assert torch.equal(evaluated, trained)
+
+
+def tiny() -> nn.Module:
+    model = make_model("deit-distilled")
+    inject(model, SnellConfig(rank=4, sparsity=0.8))
+    return model.train()
+
+
+def loss(model: nn.Module) -> Tensor:
+    output = model(make_images("deit-distilled"))
+    return sum(each.square().sum() for each in (output if isinstance(output, tuple) else (output,)))
+
+
+@pytest.mark.usefixtures("programs")
+def test_thresholds_of_a_model_are_found_once_a_step() -> None:
+    model = tiny()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss(model)
+
+    def found() -> int:
+        with Calls() as calls:
+            loss(model).backward()
+        return calls.of.get("thresholds", 0)
+
+    assert found() == 0  # As in an accumulation.
+    optimizer.step()
+    assert found() == 1
+    assert found() == 0
+    model.eval()
+    assert found() == 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert found() == 1
+
+
+@pytest.mark.usefixtures("programs")
+def test_thresholds_follow_every_way_of_changing_a_factor() -> None:
+    model = tiny()
+    tuned = next(module for module in model.modules() if isinstance(module, SnellLinear))
+    delta = tuned.updates[0]
+
+    def right() -> bool:
+        loss(model)
+        known = tuned.thresholds.of(tuned)
+        assert known is not None
+        matrix = torch.empty(delta.out_features, delta.in_features)
+        operands = [delta.out_factors.detach()], [delta.in_factors.detach()], "distance", "none", delta.scale
+        torch.ops.snell.write_all(*operands, None, matrix, None, None, 1.0)
+        rank = delta.rule.rank(delta.out_factors, delta.in_factors)
+        return bool(known[0] == matrix.abs().flatten().kthvalue(rank).values)
+
+    with torch.no_grad():
+        delta.in_factors.add_(torch.randn_like(delta.in_factors))
+    assert right()
+    delta.out_factors.data = torch.randn_like(delta.out_factors)
+    assert right()
+    delta.sparsity = 0.5
+    assert right()
+    optimizer = torch.optim.AdamW([delta.in_factors], lr=0.1)
+    loss(model).backward()
+    optimizer.step()
+    assert right()
+    delta.in_factors.data.add_(torch.randn_like(delta.in_factors))  # No version counts this: see `SharedThresholds`.
+    model.eval()
+    assert right()
+    model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()})
+    assert right()
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_copy_of_a_model_has_thresholds_of_its_own() -> None:
+    model = tiny()
+    expected = loss(model)
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.5)
+    loss(twin).backward()
+    optimizer.step()
+    with Calls() as calls:
+        moved = loss(twin)
+
+    assert calls.of["thresholds"] == 1
+    assert torch.equal(loss(model), expected)
+    assert not torch.equal(moved, expected)
+
+
+@pytest.mark.usefixtures("programs")
+def test_what_evaluation_found_can_be_trained_with() -> None:
+    model = tiny()
+    with torch.inference_mode():
+        loss(model)
+
+    loss(model).backward()
+
+
+def test_torchs_operations_do_it_where_triton_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton.usable.cache_clear()
+    monkeypatch.setattr(triton, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    said: list[str] = []
+    monkeypatch.setattr(triton._log, "warning", lambda message, *values: said.append(message % values))
+
+    with Calls() as calls:
+        step(layer(), torch.randn(4, 20))
+        step(layer(), torch.randn(4, 20))
+    triton.usable.cache_clear()
+
+    assert not {"write_all", "backward_all", "thresholds"} & set(calls.of)
+    assert said == ["the update is made by torch's operations on cpu, which is slower: triton is not installed"]
