@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from snell_lightning.adapters.layers.recompute import Recipe
+from snell_lightning.adapters.update import triton
 from snell_lightning.adapters.update.delta import SnellDelta
 from snell_lightning.adapters.update.kernels import full_precision, kernel_dtype
 from snell_lightning.adapters.update.noise import Noise
@@ -46,6 +47,8 @@ class _Plan:
         samples: Number of samples that the rows belong to.
         recipe: How x is made from what is kept of it.
         order: Rows of the weight that the updates' rows belong to; by default one below the other.
+        masked: Whether dropped samples are zeroed. Otherwise products leave their rows out, which takes one for each
+            run of kept samples, and their numbers on the host.
     """
 
     rules: list[UpdateRule]
@@ -53,6 +56,7 @@ class _Plan:
     samples: int
     recipe: Recipe
     order: Tensor | None = None
+    masked: bool = False
 
     @property
     def scale(self) -> float:
@@ -60,12 +64,18 @@ class _Plan:
         return self.noise.scale if self.noise else 1.0
 
     def row_ranges(self, rows: int) -> tuple[list[slice], list[slice]]:
-        """Rows of kept samples, and of dropped ones."""
-        return self.noise.row_ranges(rows, self.samples) if self.noise else ([slice(0, rows)], [])
+        """Rows of kept samples, and of those that the products leave out."""
+        if self.noise is None or self.masked:
+            return [slice(0, rows)], []
+        return self.noise.row_ranges(rows, self.samples)
 
-    def dropped_entries(self, x: Tensor) -> Tensor | None:
-        """Where the updates' input `x (rows, in)` is dropped; None without dropout."""
-        return self.noise.dropped_entries(len(x), x.shape[1], x.device) if self.noise else None
+    def dropped(self, x: Tensor) -> Tensor | None:
+        """Where the updates' input `x (rows, in)` is zero, a mask of its entries or rows; None where nowhere."""
+        if self.noise is None:
+            return None
+        if self.masked:
+            return self.noise.dropped(len(x), x.shape[1], self.samples, x.device)
+        return self.noise.dropped_entries(len(x), x.shape[1], x.device)
 
 
 def tuned_linear(
@@ -97,7 +107,8 @@ def tuned_linear(
     """
     factors = [factor for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
     samples = len(x) if x.dim() > 1 else 1
-    plan = _Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype), order)
+    masked = x.device.type != "cpu" or triton.applies(*factors)
+    plan = _Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype), order, masked)
     y = _TunedLinear.apply(x, x.detach() if kept is None else kept, weight, bias, plan, taus, *factors)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -155,7 +166,7 @@ def two_products(
         update: `(out, in)` in fp32, or in the type of x if that is bf16.
         weight: `(out, in)`.
         bias: `(out,)` or None.
-        entries: Mask of the entries of x that the update does not see, or None.
+        entries: Mask of the entries or rows of x that the update does not see, or None.
         kept: Ranges of rows that the update sees.
         dropped: The other rows.
     """
@@ -192,7 +203,7 @@ class _TunedLinear(torch.autograd.Function):
     ) -> Tensor:
         tall_x = x.reshape(-1, x.shape[-1])
         kept_rows, dropped_rows = plan.row_ranges(len(tall_x))
-        entries = plan.dropped_entries(tall_x)
+        entries = plan.dropped(tall_x)
         one_product = entries is None and one_product_is_exact(x, weight)
 
         stack = Stack(plan.rules, factors, plan.order)
@@ -230,7 +241,7 @@ class _TunedLinear(torch.autograd.Function):
                 grad_weight = (grad_y.T @ x).to(weight.dtype)
             if need_bias:
                 grad_bias = grad_y.sum(0)
-            entries = plan.dropped_entries(x)
+            entries = plan.dropped(x)
             x = x if entries is None else x.masked_fill(entries, 0.0)
         # What grad_y is multiplied with, W + dW, comes into the place of the update's gradient.
         base = weight if entries is None else None

@@ -47,6 +47,25 @@ class Noise:
         bits = draws.random_(-(2**63), 2**63 - 1, generator=generator).view(torch.int16)
         return (bits[: rows * columns] < self._cut - 2**15).view(rows, columns)
 
+    def dropped(self, rows: int, columns: int, samples: int, device: torch.device) -> Tensor | None:
+        """A mask `(rows, columns)` or `(rows, 1)`, true where the update's input is dropped, entry or whole sample.
+
+        For devices whose numbers the host does not know. On the CPU the samples are those of `row_ranges`.
+
+        Args:
+            rows: Of the input.
+            columns: Of the input.
+            samples: Which the rows belong to in turn.
+            device: Where the mask is made.
+        """
+        entries = self.dropped_entries(rows, columns, device)
+        if not self.drop_path or not samples:
+            return entries
+        generator = torch.Generator(device).manual_seed(self.seed)
+        lost = torch.rand(samples, generator=generator, device=device) < self.drop_path
+        lost = lost[:, None].expand(samples, rows // samples).reshape(rows, 1)
+        return lost if entries is None else entries.logical_or_(lost)
+
     def row_ranges(self, rows: int, samples: int) -> tuple[list[slice], list[slice]]:
         """Rows of kept samples and of dropped ones, of `rows` that belong to `samples` in turn; known to the host."""
         if not self.drop_path or not samples:
