@@ -38,7 +38,7 @@ _FP16_UPDATE_PEAK = 2.0**-4
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What the forward of a tuned layer decides and its backward follows; of tensors only the numbers of rows.
 
     Attributes:
@@ -108,7 +108,7 @@ def tuned_linear(
     factors = [factor for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
     samples = len(x) if x.dim() > 1 else 1
     masked = x.device.type != "cpu" or triton.applies(*factors)
-    plan = _Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype), order, masked)
+    plan = Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype), order, masked)
     y = _TunedLinear.apply(x, x.detach() if kept is None else kept, weight, bias, plan, taus, *factors)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -197,27 +197,11 @@ class _TunedLinear(torch.autograd.Function):
         kept: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        plan: _Plan,
+        plan: Plan,
         known: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
-        tall_x = x.reshape(-1, x.shape[-1])
-        kept_rows, dropped_rows = plan.row_ranges(len(tall_x))
-        entries = plan.dropped(tall_x)
-        one_product = entries is None and one_product_is_exact(x, weight)
-
-        stack = Stack(plan.rules, factors, plan.order)
-        buffer = x.new_empty(weight.shape, dtype=_type_of_update(stack, x))
-        with full_precision(x.device.type):
-            taus = stack.write(buffer, weight if one_product else None, plan.scale, known)
-        with torch.autocast(x.device.type, enabled=False):
-            if one_product:
-                bias = None if bias is None else bias.to(x.dtype)
-                y = F.linear(tall_x, buffer, bias)
-                for rows in dropped_rows:
-                    y[rows] = F.linear(tall_x[rows], weight.to(x.dtype), bias)
-            else:
-                y = two_products(tall_x, buffer, weight, bias, entries, kept_rows, dropped_rows)
+        y, taus = forward(plan, x.reshape(-1, x.shape[-1]), weight, bias, factors, known)
         ctx.plan = plan
         ctx.save_for_backward(kept, weight, *factors, *taus)
         return y
@@ -225,60 +209,119 @@ class _TunedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        plan: _Plan = ctx.plan
-        count = 2 * len(plan.rules)
         kept, weight, *rest = ctx.saved_tensors
-        factors, taus = rest[:count], rest[count:]
-        stack = Stack(plan.rules, factors, plan.order)
-        need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
-
-        x = plan.recipe.rebuild(kept)
-        shape, x = x.shape, x.reshape(-1, x.shape[-1])
-        kept_rows, dropped_rows = plan.row_ranges(len(x))
-        grad_weight = grad_bias = None
-        with torch.autocast(x.device.type, enabled=False):
-            if need_weight:
-                grad_weight = (grad_y.T @ x).to(weight.dtype)
-            if need_bias:
-                grad_bias = grad_y.sum(0)
-            entries = plan.dropped(x)
-            x = x if entries is None else x.masked_fill(entries, 0.0)
-        # What grad_y is multiplied with, W + dW, comes into the place of the update's gradient.
-        base = weight if entries is None else None
-        if stack.samples(taus, grad_y, x, weight):
-            buffer = grad_y.new_empty(weight.shape if need_x else 0)
-            out = buffer if need_x else None
-            grads = stack.sampled_backward(taus, grad_y, x, kept_rows, out, base, plan.scale)
-        else:
-            with torch.autocast(x.device.type, enabled=False):
-                buffer = _product_over(kept_rows, grad_y, x)
-            if buffer.dtype == torch.float16:
-                # An update may be too small for this type; what is written over the gradient is.
-                buffer = buffer.float()
-            del x
-            with full_precision(grad_y.device.type):
-                grads = stack.backward(taus, buffer, base, plan.scale, rewrite=need_x)
-        grads = [grad.to(factors[0].dtype) for grad in grads]
-
-        grad_x = None
-        if need_x:
-            with torch.autocast(grad_y.device.type, enabled=False):
-                if entries is None:
-                    grad_x = grad_y @ buffer.to(grad_y.dtype)
-                    for rows in dropped_rows:
-                        grad_x[rows] = grad_y[rows] @ weight.to(grad_y.dtype)
-                else:
-                    update, factor = _representable(buffer, grad_y.dtype)
-                    grad_x = grad_y.new_empty(len(grad_y), weight.shape[1])
-                    for rows in kept_rows:
-                        torch.mm(grad_y[rows], update, out=grad_x[rows])
-                    for rows in dropped_rows:
-                        grad_x[rows] = 0.0
-                    if factor is not None:
-                        grad_x = grad_x.to(factor.dtype).div_(factor).to(grad_x.dtype)
-                    grad_x.masked_fill_(entries, 0.0).addmm_(grad_y, weight.to(grad_y.dtype))
-                grad_x = grad_x.view(shape)
+        count = 2 * len(ctx.plan.rules)
+        needs = ctx.needs_input_grad
+        grad_x, grad_weight, grad_bias, grads = backward(
+            ctx.plan, grad_y, kept, weight, rest[:count], rest[count:], needs[0], needs[2], needs[3]
+        )
         return grad_x, None, grad_weight, grad_bias, None, None, *grads
+
+
+def forward(
+    plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Tensor], known: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The tuned product, and the thresholds that its backward needs.
+
+    Args:
+        plan: What is decided.
+        x: `(rows, in)`.
+        weight: `(out, in)`.
+        bias: `(out,)` or None.
+        factors: P and Q of each update in turn.
+        known: The thresholds, where they are known.
+    """
+    kept_rows, dropped_rows = plan.row_ranges(len(x))
+    entries = plan.dropped(x)
+    one_product = entries is None and one_product_is_exact(x, weight)
+
+    stack = Stack(plan.rules, factors, plan.order)
+    buffer = x.new_empty(weight.shape, dtype=_type_of_update(stack, x))
+    with full_precision(x.device.type):
+        taus = stack.write(buffer, weight if one_product else None, plan.scale, known)
+    with torch.autocast(x.device.type, enabled=False):
+        if one_product:
+            bias = None if bias is None else bias.to(x.dtype)
+            y = F.linear(x, buffer, bias)
+            for rows in dropped_rows:
+                y[rows] = F.linear(x[rows], weight.to(x.dtype), bias)
+        else:
+            y = two_products(x, buffer, weight, bias, entries, kept_rows, dropped_rows)
+    return y, taus
+
+
+def backward(
+    plan: Plan,
+    grad_y: Tensor,
+    kept: Tensor,
+    weight: Tensor,
+    factors: Sequence[Tensor],
+    taus: Sequence[Tensor],
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
+    """Gradients of x, weight, bias (None where they are not needed) and of P and Q of each update in turn.
+
+    Args:
+        plan: As in `forward`.
+        grad_y: `(rows, out)`.
+        kept: What x is made from.
+        weight: As in `forward`.
+        factors: As in `forward`.
+        taus: What `forward` returned.
+        need_x: Whether the gradient of x is needed.
+        need_weight: Whether that of the weight is.
+        need_bias: Whether that of the bias is.
+    """
+    stack = Stack(plan.rules, factors, plan.order)
+    x = plan.recipe.rebuild(kept)
+    shape, x = x.shape, x.reshape(-1, x.shape[-1])
+    kept_rows, dropped_rows = plan.row_ranges(len(x))
+    grad_weight = grad_bias = None
+    with torch.autocast(x.device.type, enabled=False):
+        if need_weight:
+            grad_weight = (grad_y.T @ x).to(weight.dtype)
+        if need_bias:
+            grad_bias = grad_y.sum(0)
+        entries = plan.dropped(x)
+        x = x if entries is None else x.masked_fill(entries, 0.0)
+    # What grad_y is multiplied with, W + dW, comes into the place of the update's gradient.
+    base = weight if entries is None else None
+    if stack.samples(taus, grad_y, x, weight):
+        buffer = grad_y.new_empty(weight.shape if need_x else 0)
+        out = buffer if need_x else None
+        grads = stack.sampled_backward(taus, grad_y, x, kept_rows, out, base, plan.scale)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            buffer = _product_over(kept_rows, grad_y, x)
+        if buffer.dtype == torch.float16:
+            # An update may be too small for this type; what is written over the gradient is.
+            buffer = buffer.float()
+        del x
+        with full_precision(grad_y.device.type):
+            grads = stack.backward(taus, buffer, base, plan.scale, rewrite=need_x)
+    grads = [grad.to(factors[0].dtype) for grad in grads]
+
+    grad_x = None
+    if need_x:
+        with torch.autocast(grad_y.device.type, enabled=False):
+            if entries is None:
+                grad_x = grad_y @ buffer.to(grad_y.dtype)
+                for rows in dropped_rows:
+                    grad_x[rows] = grad_y[rows] @ weight.to(grad_y.dtype)
+            else:
+                update, factor = _representable(buffer, grad_y.dtype)
+                grad_x = grad_y.new_empty(len(grad_y), weight.shape[1])
+                for rows in kept_rows:
+                    torch.mm(grad_y[rows], update, out=grad_x[rows])
+                for rows in dropped_rows:
+                    grad_x[rows] = 0.0
+                if factor is not None:
+                    grad_x = grad_x.to(factor.dtype).div_(factor).to(grad_x.dtype)
+                grad_x.masked_fill_(entries, 0.0).addmm_(grad_y, weight.to(grad_y.dtype))
+            grad_x = grad_x.view(shape)
+    return grad_x, grad_weight, grad_bias, grads
 
 
 def _type_of_update(stack: Stack, x: Tensor) -> torch.dtype:
