@@ -19,10 +19,11 @@ from snell_lightning.adapters.finding import why_not_adaptable
 from snell_lightning.adapters.guards import MergeFirstError, refuse_dropped_gradients, refuse_export
 from snell_lightning.adapters.layers.product import make_matrix, one_product_is_exact, tuned_linear, two_products
 from snell_lightning.adapters.layers.recompute import layer_input
+from snell_lightning.adapters.layers.traced import traced_linear
 from snell_lightning.adapters.update.delta import SnellDelta
 from snell_lightning.adapters.update.kernels import full_precision
 from snell_lightning.adapters.update.noise import Noise
-from snell_lightning.adapters.update.shared import SharedThresholds
+from snell_lightning.adapters.update.shared import SharedThresholds, know
 
 # What a module keeps its users' hooks in.
 _HOOKS = frozenset(
@@ -72,6 +73,7 @@ class SnellLinear(nn.Module):
         self._plain = [linear]
         # `inject` gives all layers of a model the same one.
         self.thresholds = SharedThresholds()
+        know(self)
         # For `guard`: whether something has read the weight, and whether the layer was called.
         self.read = self.called = False
         # Hooks go on being called, and whoever has their handles can remove them.
@@ -83,6 +85,10 @@ class SnellLinear(nn.Module):
         self._made: tuple[Any, Tensor] | None = None
         # Attributes of the parent module that `inject` changed, with the values that `merge` gives back.
         self.restore_on_merge: dict[str, Any] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        know(self)
 
     def __getattr__(self, name: str) -> Any:
         """A parameter or submodule. Whether the weight was read is noted: who reads it may not call the layer."""
@@ -98,10 +104,26 @@ class SnellLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, ..., in)` to `(batch, ..., out)`; as a convolution `(batch, in, H, W)` to `(batch, out, H', W')`."""
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return self._traced(x)
         refuse_export(x)
         return self._tuned(x)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
+    def _traced(self, x: Tensor) -> Tensor:
+        """The tuned product in a graph that `torch.compile` traces."""
+        if not x.is_floating_point():
+            raise UserError(f"a tuned layer takes floating-point input, not {x.dtype}; convert the input first")
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        if self._stride is not None:
+            rows, columns = self._stride
+            x = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
+        noise = (self.config.dropout, self.config.drop_path) if self.training else (0.0, 0.0)
+        bias, order = self._parameters["bias"], self._buffers["_order"]
+        y = traced_linear(x, self._flat_weight, bias, self.updates, noise, order)
+        return y if self._stride is None else y.permute(0, 3, 1, 2)
+
     def _tuned(self, x: Tensor) -> Tensor:
         if self.training and not torch.is_grad_enabled():
             refuse_dropped_gradients()

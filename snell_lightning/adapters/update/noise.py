@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from snell_lightning.adapters.update import triton
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -13,12 +15,12 @@ class Noise:
     Attributes:
         dropout: Probability of dropping an entry of the update's input; kept to 1/65536.
         drop_path: Probability of dropping a sample's whole update.
-        seed: Rebuilds both masks in backward.
+        seed: Rebuilds both masks in backward; as a tensor `()` on the device where only a graph knows it.
     """
 
     dropout: float
     drop_path: float
-    seed: int
+    seed: int | Tensor
 
     @classmethod
     def draw(cls, dropout: float, drop_path: float) -> "Noise | None":
@@ -37,11 +39,15 @@ class Noise:
         """What the update is multiplied with, so that its mean stays."""
         return 1 / ((1 - self._cut / 2**16) * (1 - self.drop_path))
 
+    def _generator(self, device: torch.device) -> torch.Generator:
+        seed = self.seed if isinstance(self.seed, int) else int(self.seed.item())
+        return torch.Generator(device).manual_seed(seed)
+
     def dropped_entries(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
         """A mask `(rows, columns)`, true where the update's input is dropped; None without dropout."""
         if not self._cut:
             return None
-        generator = torch.Generator(device).manual_seed(self.seed)
+        generator = self._generator(device)
         # One 64-bit draw makes four entries: drawing is what a mask costs.
         draws = torch.empty((rows * columns + 3) // 4, dtype=torch.int64, device=device)
         bits = draws.random_(-(2**63), 2**63 - 1, generator=generator).view(torch.int16)
@@ -58,10 +64,12 @@ class Noise:
             samples: Which the rows belong to in turn.
             device: Where the mask is made.
         """
+        if isinstance(self.seed, Tensor) and device.type in triton.DEVICES and triton.usable(device):
+            return torch.ops.snell.dropped(self.seed, rows, columns, samples, self._cut / 2**16, self.drop_path)
         entries = self.dropped_entries(rows, columns, device)
         if not self.drop_path or not samples:
             return entries
-        generator = torch.Generator(device).manual_seed(self.seed)
+        generator = self._generator(device)
         lost = torch.rand(samples, generator=generator, device=device) < self.drop_path
         lost = lost[:, None].expand(samples, rows // samples).reshape(rows, 1)
         return lost if entries is None else entries.logical_or_(lost)
@@ -70,7 +78,7 @@ class Noise:
         """Rows of kept samples and of dropped ones, of `rows` that belong to `samples` in turn; known to the host."""
         if not self.drop_path or not samples:
             return [slice(0, rows)], []
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = self._generator(torch.device("cpu"))
         kept = (torch.rand(samples, generator=generator) >= self.drop_path).tolist()
         ranges: tuple[list[slice], list[slice]] = [], []
         each, start = rows // samples, 0

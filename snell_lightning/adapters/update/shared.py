@@ -7,7 +7,7 @@ training and evaluation, around which weights are exchanged in ways that no vers
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from snell_lightning.adapters.update import triton
 from snell_lightning.adapters.update.delta import SnellDelta
+from snell_lightning.adapters.update.rule import UpdateRule
 from snell_lightning.adapters.update.stack import thresholds
 
 
@@ -79,6 +80,37 @@ class SharedThresholds:
 
     def __reduce__(self) -> Any:
         return SharedThresholds, ()
+
+
+# Layers that there are, and those by the address of their first factor.
+_layers: WeakSet[Any] = WeakSet()
+_by_address: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+def know(layer: Layer) -> None:
+    """Let a layer be found by its factors."""
+    _layers.add(layer)
+
+
+def known_thresholds(rules: Sequence[UpdateRule], factors: Sequence[Tensor]) -> Tensor | None:
+    """The thresholds of the layer that has these factors, `(updates,)`, as its model shares them.
+
+    None where no layer has them, where they are not made together, or where they are dense.
+
+    Args:
+        rules: How the layer's updates are made.
+        factors: P and Q of each in turn.
+    """
+    if not triton.applies(*factors):
+        return None
+    address = factors[0].data_ptr()
+    layer = _by_address.get(address)
+    if layer is None or layer.updates[0].out_factors.data_ptr() != address:
+        _by_address.update({each.updates[0].out_factors.data_ptr(): each for each in _layers})
+        layer = _by_address.get(address)
+    if layer is None or [update.rule for update in layer.updates] != list(rules):
+        return None
+    return layer.thresholds.of(layer)
 
 
 # How often an optimizer has stepped.

@@ -1,7 +1,7 @@
 """Tuned layers and models with the GPU's programs, run by Triton's interpreter, against the same without them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snell_lightning.adapters import SnellConfig, SnellLinear, inject
-from snell_lightning.adapters.update import triton
+from snell_lightning.adapters.layers import traced
+from snell_lightning.adapters.update import shared, triton
+from snell_lightning.adapters.update.noise import Noise
 from tests.adapters.models import make_images, make_model
 from tests.adapters.reference import relative_error
 
@@ -37,6 +39,16 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "snell":
             self.of[func._opname] = self.of.get(func._opname, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+class NoReads(TorchDispatchMode):
+    """Fails on operations whose outcome the host waits for. Numbers of the CPU's generator are the host's own."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[-1]
+        waits = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique", "_to_cpu", "index")
+        assert name not in waits, f"{name} on the accelerator's path"
         return func(*args, **(kwargs or {}))
 
 
@@ -104,9 +116,9 @@ def test_evaluation_gives_what_training_gives(dtype: torch.dtype) -> None:
     assert torch.equal(evaluated, trained)
 
 
-def tiny() -> nn.Module:
+def tiny(**settings: object) -> nn.Module:
     model = make_model("deit-distilled")
-    inject(model, SnellConfig(rank=4, sparsity=0.8))
+    inject(model, SnellConfig(rank=4, sparsity=0.8, **settings))
     return model.train()
 
 
@@ -195,6 +207,66 @@ def test_what_evaluation_found_can_be_trained_with() -> None:
         loss(model)
 
     loss(model).backward()
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(
+    ("precision", "settings"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"dropout": 0.1, "drop_path": 0.1}),
+        (torch.bfloat16, {"recompute": "blocks"}),
+    ],
+)
+def test_no_step_waits_for_a_value(
+    monkeypatch: pytest.MonkeyPatch, precision: torch.dtype, settings: dict[str, object]
+) -> None:
+    model = tiny(**settings)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    # Drawn by the host, from the CPU's generator.
+    monkeypatch.setattr(Noise, "draw", lambda dropout, drop_path: Noise(dropout, drop_path, 7))
+
+    def step() -> None:
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            total = loss(model)
+        total.backward()
+        optimizer.step()
+
+    step()  # Whether modules repeat themselves is found out at first.
+    with NoReads():
+        step()
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_read_would_be_noticed() -> None:
+    with NoReads(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        torch.ones(()).item()
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_compiled_model_shares_thresholds_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model = tiny(drop_path=0.2)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss(compiled).backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
+    calls = Calls()
+    for name in ("forward", "backward"):
+        original = getattr(traced, name)
+
+        def watched(*args: object, original: Callable = original) -> object:
+            with NoReads(), calls:
+                return original(*args)
+
+        monkeypatch.setattr(traced, name, watched)
+    updates: list[int] = []
+    find = shared.thresholds
+    monkeypatch.setattr(shared, "thresholds", lambda rules, factors: updates.append(len(rules)) or find(rules, factors))
+
+    loss(compiled).backward()
+
+    assert updates == [12]  # Of q, k, v, proj, fc1 and fc2 of two blocks at once.
+    assert calls.of == {"write_all": 8, "backward_all": 8, "dropped": 16}
 
 
 def test_torchs_operations_do_it_where_triton_cannot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snell_lightning.adapters.update.triton.backward import backward
+from snell_lightning.adapters.update.triton.dropped import dropped
 from snell_lightning.adapters.update.triton.entries import SPARSIFIERS
 from snell_lightning.adapters.update.triton.table import make_table, where
 from snell_lightning.adapters.update.triton.thresholds import thresholds
@@ -22,6 +23,7 @@ _OPERATIONS = {
     "write_all": f"({_FACTORS}, Tensor? taus, Tensor(a!) out, Tensor? base, Tensor? order, float factor) -> ()",
     "backward_all": f"({_FACTORS}, Tensor? taus, Tensor(a!) grad, Tensor? base, Tensor? order, float factor,"
     " bool rewrite) -> Tensor",
+    "dropped": "(Tensor seed, int rows, int columns, int samples, float dropout, float drop_path) -> Tensor",
 }
 
 
@@ -72,6 +74,12 @@ def _backward(
     return grads
 
 
+def _dropped(seed: Tensor, rows: int, columns: int, samples: int, dropout: float, drop_path: float) -> Tensor:
+    mask = seed.new_empty(rows, columns if dropout else 1, dtype=torch.bool)
+    dropped(mask, seed, samples, dropout, drop_path)
+    return mask
+
+
 def _grads(p: Sequence[Tensor], q: Sequence[Tensor]) -> Tensor:
     return p[0].new_empty(sum(factor.numel() for factor in (*p, *q)))
 
@@ -101,8 +109,16 @@ _without_data = {
     "thresholds": lambda p, *_: p[0].new_empty(len(p), dtype=torch.float32),
     "write_all": lambda *_: None,
     "backward_all": lambda p, q, *_: _grads(p, q),
+    "dropped": lambda seed, rows, columns, samples, dropout, *_: seed.new_empty(
+        rows, columns if dropout else 1, dtype=torch.bool
+    ),
 }
-for _name, _function in {"thresholds": _thresholds, "write_all": _write, "backward_all": _backward}.items():
+for _name, _function in {
+    "thresholds": _thresholds,
+    "write_all": _write,
+    "backward_all": _backward,
+    "dropped": _dropped,
+}.items():
     _operations.define(f"{_name}{_OPERATIONS[_name]}")
     _operations.impl(_name, _function, "CompositeExplicitAutograd")
     _operations.impl(_name, _without_data[_name], "Meta")
