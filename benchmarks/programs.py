@@ -46,8 +46,10 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
         (1, False, 2, "fp32"),
     ):
         settings = {"PIECES": pieces, "DISTANCE": distance, "SPARSIFIER": sparsifier, "base": base}
-        yield "_write", settings
+        yield "_write", {**settings, "RANDOM": False}
         yield "_backward", {**settings, "REWRITE": True}
+    yield "_write", {"PIECES": 2, "DISTANCE": True, "SPARSIFIER": 2, "base": "fp32", "RANDOM": True}
+    yield "_dropped", {}
     yield "_reduce", {}
 
 
@@ -58,15 +60,17 @@ def compiled(name: str, settings: dict[str, Any], capability: tuple[int, int]) -
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from snell_lightning.adapters.update.triton import backward, table, thresholds, write
+    from snell_lightning.adapters.update.triton import backward, dropped, table, thresholds, write
 
-    module = next(module for module in (thresholds, write, backward) if hasattr(module, name))
+    module = next(module for module in (thresholds, write, backward, dropped) if hasattr(module, name))
     program = getattr(module, name)
     kinds = {
         "updates": "*i64", "programs": "*i32", "sums": "*i64", "reductions": "*i32", "scales": "*fp32",
         "ranks": "*i32", "counts": "*i32", "taus": "*fp32", "partial": "*fp32", "scale": "fp32", "factor": "fp32",
         "base": "*fp32", "base_stride": "i32", "width": "i32", "grad": "*bf16",
         "out": "*fp32" if name == "_reduce" else "*bf16",
+        "number": "i64", "seed": "*i64", "mask": "*i1", "rows": "i32", "columns": "i32", "each": "i32",
+        "dropout": "fp32", "drop_path": "fp32",
     }  # fmt: skip
     constants = {
         "TYPE": tl.float32, "ROWS": table.ROWS, "PLACES": table.PLACES, "BINS": thresholds.BINS,
@@ -75,6 +79,8 @@ def compiled(name: str, settings: dict[str, Any], capability: tuple[int, int]) -
     base = settings.get("base", "fp32")
     kinds["base"] = f"*{base}"
     constants |= {key: value for key, value in settings.items() if key != "base"} | ({} if base else {"base": None})
+    if name == "_write":
+        constants["seed"] = None
     if settings.get("SPARSIFIER") == 3:
         constants["taus"] = None
     names = program.arg_names

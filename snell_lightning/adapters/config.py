@@ -12,6 +12,7 @@ from snell_lightning.adapters.update.competition import SPARSIFIERS
 from snell_lightning.adapters.update.kernels import KERNELS, automatic_scale
 
 STARTS = ("auto", "zero", "random")
+ROUNDING = ("apart", "random")
 # Sparsifiers whose gradient does not vanish with the update.
 _PLAIN = ("hard", "none")
 # Of the released code.
@@ -41,6 +42,9 @@ class SnellConfig:
         drop_path: Probability of dropping the whole update for a sample, in [0, 1).
         recompute: What is made again in backward instead of being kept: `none`; `inputs` of the adapted layers, from
             what the normalisation or activation before them keeps anyway; or `blocks`, whole blocks besides.
+        rounding: How a bf16 product sees W + dW in training: `apart`, in two products, since their sum would lose the
+            update where it is rounded; or `random`, in one product with the sum rounded at random, which is right on
+            average (`update/rounding.py`).
         targets: Patterns of the layers to adapt; by default every linear layer and 1x1 convolution in the blocks.
         exclude: Patterns of layers to leave alone.
         rank_pattern: Rank by pattern, for layers that differ from `rank`.
@@ -63,6 +67,7 @@ class SnellConfig:
     dropout: float = 0.0
     drop_path: float = 0.0
     recompute: str = "inputs"
+    rounding: str = "apart"
     targets: list[str] | None = None
     exclude: list[str] = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -75,6 +80,7 @@ class SnellConfig:
         _check_choice("sparsifier", self.sparsifier, SPARSIFIERS)
         _check_choice("recompute", self.recompute, RECOMPUTE)
         _check_choice("start", self.start, STARTS)
+        _check_choice("rounding", self.rounding, ROUNDING)
         if self.pieces < 1:
             raise UserError(f"pieces must be at least 1, not {self.pieces}")
         if self.scale != "auto" and (isinstance(self.scale, str) or not 0 < self.scale < math.inf):

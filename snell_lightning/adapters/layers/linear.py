@@ -22,7 +22,7 @@ from snell_lightning.adapters.layers.recompute import layer_input
 from snell_lightning.adapters.layers.traced import traced_linear
 from snell_lightning.adapters.update.delta import SnellDelta
 from snell_lightning.adapters.update.kernels import full_precision
-from snell_lightning.adapters.update.noise import Noise
+from snell_lightning.adapters.update.noise import Noise, draw_seed
 from snell_lightning.adapters.update.shared import SharedThresholds, know
 
 # What a module keeps its users' hooks in.
@@ -121,7 +121,8 @@ class SnellLinear(nn.Module):
             x = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
         noise = (self.config.dropout, self.config.drop_path) if self.training else (0.0, 0.0)
         bias, order = self._parameters["bias"], self._buffers["_order"]
-        y = traced_linear(x, self._flat_weight, bias, self.updates, noise, order)
+        at_random = self.training and self.config.rounding == "random"
+        y = traced_linear(x, self._flat_weight, bias, self.updates, noise, order, at_random)
         return y if self._stride is None else y.permute(0, 3, 1, 2)
 
     def _tuned(self, x: Tensor) -> Tensor:
@@ -136,7 +137,8 @@ class SnellLinear(nn.Module):
         if self.training or torch.is_grad_enabled():
             noise = Noise.draw(self.config.dropout, self.config.drop_path) if self.training else None
             order, taus = self._buffers["_order"], self.thresholds.of(self)
-            y = tuned_linear(x, self._flat_weight, self.bias, self.updates, noise, kept, recipe, order, taus)
+            seed = draw_seed() if self.training and self.config.rounding == "random" else None
+            y = tuned_linear(x, self._flat_weight, self.bias, self.updates, noise, kept, recipe, order, taus, seed)
         else:
             y = self._evaluate(x)
         return y if self._stride is None else y.permute(0, 3, 1, 2)

@@ -47,6 +47,8 @@ class Plan:
         samples: Number of samples that the rows belong to.
         recipe: How x is made from what is kept of it.
         order: Rows of the weight that the updates' rows belong to; by default one below the other.
+        seed: Of the numbers by which `W + dW` is rounded to bf16 at random, for one product where two are used
+            otherwise; None uses two.
         masked: Whether dropped samples are zeroed. Otherwise products leave their rows out, which takes one for each
             run of kept samples, and their numbers on the host.
     """
@@ -57,6 +59,7 @@ class Plan:
     recipe: Recipe
     order: Tensor | None = None
     masked: bool = False
+    seed: Tensor | int | None = None
 
     @property
     def scale(self) -> float:
@@ -88,6 +91,7 @@ def tuned_linear(
     recipe: Recipe | None = None,
     order: Tensor | None = None,
     taus: Tensor | None = None,
+    seed: int | None = None,
 ) -> Tensor:
     """`x (W + dW)^T + b`, where the rows of dW are those of `deltas`.
 
@@ -101,6 +105,7 @@ def tuned_linear(
         recipe: How x is made from that, if it is not x; both come from `layer_input`.
         order: Rows of the weight that the updates' rows belong to; by default one below the other.
         taus: The updates' thresholds, where they are known.
+        seed: Of random rounding, where a bf16 product is to be one.
 
     Returns:
         `(batch, ..., out)` in the type of x.
@@ -108,7 +113,7 @@ def tuned_linear(
     factors = [factor for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
     samples = len(x) if x.dim() > 1 else 1
     masked = x.device.type != "cpu" or triton.applies(*factors)
-    plan = Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype), order, masked)
+    plan = Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype), order, masked, seed)
     y = _TunedLinear.apply(x, x.detach() if kept is None else kept, weight, bias, plan, taus, *factors)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -233,12 +238,13 @@ def forward(
     """
     kept_rows, dropped_rows = plan.row_ranges(len(x))
     entries = plan.dropped(x)
-    one_product = entries is None and one_product_is_exact(x, weight)
+    seed = plan.seed if entries is None and x.dtype == torch.bfloat16 else None
+    one_product = entries is None and (seed is not None or one_product_is_exact(x, weight))
 
     stack = Stack(plan.rules, factors, plan.order)
-    buffer = x.new_empty(weight.shape, dtype=_type_of_update(stack, x))
+    buffer = x.new_empty(weight.shape, dtype=_type_of_update(stack, x) if seed is None else x.dtype)
     with full_precision(x.device.type):
-        taus = stack.write(buffer, weight if one_product else None, plan.scale, known)
+        taus = stack.write(buffer, weight if one_product else None, plan.scale, known, seed)
     with torch.autocast(x.device.type, enabled=False):
         if one_product:
             bias = None if bias is None else bias.to(x.dtype)

@@ -31,6 +31,7 @@ def traced_linear(
     deltas: Sequence[SnellDelta],
     noise: tuple[float, float],
     order: Tensor | None,
+    at_random: bool,
 ) -> Tensor:
     """`tuned_linear`, as an operation.
 
@@ -41,9 +42,10 @@ def traced_linear(
         deltas: As in `tuned_linear`.
         noise: Probabilities of dropout and of drop path.
         order: As in `tuned_linear`.
+        at_random: Whether a bf16 product is to be one, with the sum rounded at random.
     """
     first = deltas[0]
-    seed = torch.randint(2**62, (), device=x.device) if any(noise) else None
+    seed = torch.randint(2**62, (), device=x.device) if any(noise) or at_random else None
     y, _ = torch.ops.snell.tuned(
         x.reshape(-1, x.shape[-1]),
         weight,
@@ -58,6 +60,7 @@ def traced_linear(
         [delta.sparsity for delta in deltas],
         noise,
         x.shape[0] if x.dim() > 1 else 1,
+        at_random,
     )
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -85,9 +88,10 @@ def _tuned(
     sparsities: Sequence[float],
     noise: Sequence[float],
     samples: int,
+    at_random: bool,
 ) -> tuple[Tensor, Tensor]:
     factors = _in_turn(out_factors, in_factors)
-    plan = _plan(x, factors, order, seed, kernel, sparsifier, scales, sparsities, noise, samples)
+    plan = _plan(x, factors, order, seed, kernel, sparsifier, scales, sparsities, noise, samples, at_random)
     y, taus = forward(plan, x, weight, bias, factors, known_thresholds(plan.rules, factors))
     # New ones: what an operation returns is nobody else's.
     return y, torch.cat([tau.flatten() for tau in taus]) if taus else x.new_empty(0, dtype=kernel_dtype(*factors, x))
@@ -129,12 +133,13 @@ def _tuned_backward(
     sparsities: Sequence[float],
     noise: Sequence[float],
     samples: int,
+    at_random: bool,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> list[Tensor]:
     factors = _in_turn(out_factors, in_factors)
-    plan = _plan(x, factors, order, seed, kernel, sparsifier, scales, sparsities, noise, samples)
+    plan = _plan(x, factors, order, seed, kernel, sparsifier, scales, sparsities, noise, samples, at_random)
     known = [taus] if len(taus) else []
     *given, grads = backward(plan, grad_y, x, weight, factors, known, need_x, need_weight, need_bias)
     # The factors' lie in one tensor, since what an operation returns must not overlap.
@@ -196,8 +201,9 @@ def _plan(
     sparsities: Sequence[float],
     noise: Sequence[float],
     samples: int,
+    at_random: bool,
 ) -> Plan:
     masked = x.device.type != "cpu" or triton.applies(*factors)
-    drawn = None if seed is None else Noise(noise[0], noise[1], seed)
+    drawn = Noise(noise[0], noise[1], seed) if seed is not None and any(noise) else None
     rules = _rules(kernel, sparsifier, scales, sparsities)
-    return Plan(rules, drawn, samples, Recipe(x.dtype), order, masked)
+    return Plan(rules, drawn, samples, Recipe(x.dtype), order, masked, seed if at_random else None)

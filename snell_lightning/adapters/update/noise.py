@@ -27,7 +27,7 @@ class Noise:
         """Noise for one forward, seeded from the main generator on the CPU; `None` where both probabilities are 0."""
         if not dropout and not drop_path:
             return None
-        return cls(dropout, drop_path, int(torch.randint(2**63 - 1, ()).item()))
+        return cls(dropout, drop_path, draw_seed())
 
     @property
     def _cut(self) -> int:
@@ -87,3 +87,8 @@ class Noise:
                 ranges[0 if kept[start] else 1].append(slice(start * each, sample * each))
                 start = sample
         return ranges
+
+
+def draw_seed() -> int:
+    """A seed for one forward, from the main generator on the CPU."""
+    return int(torch.randint(2**32, 2**63 - 1, ()).item())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from snell_lightning.adapters.update import triton
 from snell_lightning.adapters.update.kernels import kernel_dtype
+from snell_lightning.adapters.update.rounding import round_at_random
 from snell_lightning.adapters.update.rule import UpdateRule
 
 
@@ -37,7 +38,9 @@ class Stack:
         )
         return alike and triton.applies(*self.factors) and all(other.dtype in triton.TYPES for other in others)
 
-    def write(self, out: Tensor, base: Tensor | None, factor: float, taus: Tensor | None) -> list[Tensor]:
+    def write(
+        self, out: Tensor, base: Tensor | None, factor: float, taus: Tensor | None, seed: Tensor | int | None = None
+    ) -> list[Tensor]:
         """Write `base + factor * update` to `out`.
 
         Args:
@@ -45,17 +48,21 @@ class Stack:
             base: `(out, in)` of any type; None for zero.
             factor: What the update is multiplied with.
             taus: The thresholds, if they are known: `(updates,)`, where all are made together.
+            seed: Of the numbers by which the result is rounded to bf16 at random; None rounds to the nearest.
 
         Returns:
             Thresholds that reproduce the same update.
         """
         if self.together(out, *_given(base)):
-            return self._write_together(out, base, factor, taus)
+            return self._write_together(out, base, factor, taus, seed)
         found = []
-        for rule, p, q, rows in self._each(out.dtype):
-            part = out[rows]
+        target = out if seed is None else torch.empty_like(out, dtype=kernel_dtype(*self.factors))
+        for rule, p, q, rows in self._each(target.dtype):
+            part = target[rows]
             found.append(rule.write(p, q, part, None if base is None else base[rows], factor))
-            _put_back(out, rows, part)
+            _put_back(target, rows, part)
+        if seed is not None:
+            out.copy_(round_at_random(target, seed))
         return [tau for tau in found if tau is not None]
 
     def backward(
@@ -142,10 +149,13 @@ class Stack:
         kind = "none" if rule.dense else rule.sparsifier
         return list(self.factors[::2]), list(self.factors[1::2]), rule.kernel, kind, rule.scale
 
-    def _write_together(self, out: Tensor, base: Tensor | None, factor: float, taus: Tensor | None) -> list[Tensor]:
+    def _write_together(
+        self, out: Tensor, base: Tensor | None, factor: float, taus: Tensor | None, seed: Tensor | int | None
+    ) -> list[Tensor]:
         if taus is None and not self.rules[0].dense:
             taus = thresholds(self.rules, self.factors)
-        torch.ops.snell.write_all(*self._settings, taus, out, base, self.order, factor)
+        seeds = (seed, None) if isinstance(seed, Tensor) else (None, seed)
+        torch.ops.snell.write_all(*self._settings, taus, out, base, self.order, factor, *seeds)
         return _given(taus)
 
     def _each(self, dtype: torch.dtype) -> Iterator[tuple[UpdateRule, Tensor, Tensor, slice | Tensor]]:

@@ -23,7 +23,7 @@ def test_no_program_spills_registers(tmp_path: Path, capability: str) -> None:
 
     assert done.returncode == 0, done.stderr
     programs = json.loads(out.read_text())["programs"]
-    assert {each["program"] for each in programs} == {"count", "choose", "write", "backward", "reduce"}
+    assert {each["program"] for each in programs} == {"count", "choose", "write", "backward", "reduce", "dropped"}
     for each in programs:
         assert each["spilled"] == 0, each
         # What a multiprocessor has for a block of so many warps, so that at least one fits.

@@ -205,3 +205,27 @@ def test_rewriting_can_be_left_out() -> None:
 
     assert torch.equal(kept, grad)
     assert torch.equal(grads, OPS.backward_all(*settings, grad, None, None, 1.0, True))
+
+
+@pytest.mark.parametrize("by_tensor", [False, True])
+def test_rounding_at_random_is_right_on_average(by_tensor: bool) -> None:
+    p, q = factors([24], 40, 4, 2)
+    settings = p, q, "distance", "none", 1e-3, None
+    exact, base = torch.empty(24, 40), torch.randn(24, 40)
+    OPS.write_all(*settings, exact, base, None, 1.0)
+
+    def rounded(seed: int) -> Tensor:
+        out = torch.empty(24, 40, dtype=torch.bfloat16)
+        seeds = (torch.tensor(seed), None) if by_tensor else (None, seed)
+        OPS.write_all(*settings, out, base, None, 1.0, *seeds)
+        return out.float()
+
+    drawn = torch.stack([rounded(2**40 + number) for number in range(64)])
+    spacing = 2.0 ** (torch.floor(torch.log2(exact.abs())) - 7)
+
+    assert ((drawn - exact).abs() < spacing).all()
+    assert (drawn.std(0) > 0).float().mean() > 0.9
+    # 64 draws with a standard deviation of at most half a spacing each.
+    assert (((drawn.mean(0) - exact) / spacing).abs() < 5 * 0.5 / 8).all()
+    assert ((drawn - exact) / spacing).mean().abs() < 0.01
+    assert torch.equal(rounded(2**40), drawn[0])

@@ -72,6 +72,14 @@ def survivors(matrix, tau, SPARSIFIER: tl.constexpr):
 
 
 @triton.jit
+def rounded_at_random(value, key, places):
+    """fp32 numbers that bf16 holds, each a neighbour of the value; plainly stated in `rounding.py`."""
+    noise = (tl.randint(key, places) & 0xFFFF).to(tl.int32)
+    cut = ((value.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(value == value, cut, value)
+
+
+@triton.jit
 def slopes(matrix, tau, SPARSIFIER: tl.constexpr):
     """What the update's gradient is multiplied with to become the matrix's."""
     size = tl.abs(matrix)

@@ -20,7 +20,8 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 _FACTORS = "Tensor[] p, Tensor[] q, str kernel, str sparsifier, float scale"
 _OPERATIONS = {
     "thresholds": "(Tensor[] p, Tensor[] q, str kernel, float[] scales, int[] ranks) -> Tensor",
-    "write_all": f"({_FACTORS}, Tensor? taus, Tensor(a!) out, Tensor? base, Tensor? order, float factor) -> ()",
+    "write_all": f"({_FACTORS}, Tensor? taus, Tensor(a!) out, Tensor? base, Tensor? order, float factor,"
+    " Tensor? seed=None, int? number=None) -> ()",
     "backward_all": f"({_FACTORS}, Tensor? taus, Tensor(a!) grad, Tensor? base, Tensor? order, float factor,"
     " bool rewrite) -> Tensor",
     "dropped": "(Tensor seed, int rows, int columns, int samples, float dropout, float drop_path) -> Tensor",
@@ -48,10 +49,12 @@ def _write(
     base: Tensor | None,
     order: Tensor | None,
     factor: float,
+    seed: Tensor | None = None,
+    number: int | None = None,
 ) -> None:
     table = make_table(where(p, q), out.device)
     kind = len(p[0]), kernel == "distance", SPARSIFIERS[sparsifier], _TYPES[p[0].dtype]
-    write(table, taus, out, base, order, scale, factor, *kind)
+    write(table, taus, out, base, order, scale, factor, *kind, number if seed is None else seed)
 
 
 def _backward(

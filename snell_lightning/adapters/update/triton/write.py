@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from snell_lightning.adapters.update.triton.entries import entries, survivors
+from snell_lightning.adapters.update.triton.entries import entries, rounded_at_random, survivors
 from snell_lightning.adapters.update.triton.table import PLACES, ROWS, WARPS, Table
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _write(
-    updates, programs, taus, scale, factor, order, base, base_stride, out, width,
-    PIECES: tl.constexpr, DISTANCE: tl.constexpr, SPARSIFIER: tl.constexpr, TYPE: tl.constexpr,
+    updates, programs, taus, scale, factor, order, base, base_stride, out, width, seed, number,
+    RANDOM: tl.constexpr, PIECES: tl.constexpr, DISTANCE: tl.constexpr, SPARSIFIER: tl.constexpr, TYPE: tl.constexpr,
     ROWS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -37,10 +37,15 @@ def _write(
     if order is not None:
         of_weight = tl.load(order + of_weight, mask=rows < height, other=0)
     if base is not None:
-        value += tl.load(base + of_weight[:, None] * base_stride + places[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-    tl.store(out + of_weight[:, None] * width + places[None, :], value.to(out.dtype.element_ty), mask=inside)
+        here = base + of_weight[:, None] * base_stride + places[None, :]
+        value += tl.load(here, mask=inside, other=0.0).to(tl.float32)
+    at = of_weight[:, None] * width + places[None, :]
+    if RANDOM:
+        key = number
+        if seed is not None:
+            key = tl.load(seed)
+        value = rounded_at_random(value, key, at)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 def write(
@@ -55,6 +60,7 @@ def write(
     distance: bool,
     sparsifier: int,
     kind: tl.dtype,
+    seed: Tensor | int | None = None,
 ) -> None:
     """Write `base + factor * update` to `out (out, in)`, rounded once to its type.
 
@@ -70,10 +76,13 @@ def write(
         distance: Whether the kernel is `distance`, not `linear`.
         sparsifier: Its number, from `SPARSIFIERS`.
         kind: The factors' type.
+        seed: Of the numbers by which entries are rounded to bf16 at random, a tensor `()` where only the device knows;
+            None rounds to the nearest.
     """
     stride = 0 if base is None else base.stride(0)
     _write[(len(table.programs), -(-table.widest // PLACES))](
         table.updates, table.programs, taus, scale, factor, order, base, stride, out, table.widest,
+        seed if isinstance(seed, Tensor) else None, seed if isinstance(seed, int) else 2**32, RANDOM=seed is not None,
         PIECES=pieces, DISTANCE=distance, SPARSIFIER=sparsifier, TYPE=kind, ROWS=ROWS, PLACES=PLACES,
         num_warps=WARPS,
     )  # fmt: skip
