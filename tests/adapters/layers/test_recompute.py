@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, inject, merge
 from snell_lightning.adapters.finding import blocks_of
-
-from .models import FAMILIES, enlarge, large_config, make_images, make_model
+from tests.adapters.models import FAMILIES, enlarge, large_config, make_images, make_model
 
 
 def adapted(family: str, recompute: str, **settings: object) -> nn.Module:

@@ -10,8 +10,7 @@ from snell_lightning.adapters import SnellConfig, SnellDelta
 from snell_lightning.adapters.layers.product import tuned_linear
 from snell_lightning.adapters.update.competition import SPARSIFIERS
 from snell_lightning.adapters.update.kernels import KERNELS
-
-from . import reference
+from tests.adapters import reference
 
 # Step of the central differences in double precision; their error is about 1e-10 for values and slopes near
 # 1.

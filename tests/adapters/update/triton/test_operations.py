@@ -175,7 +175,7 @@ def test_rows_that_do_not_lie_together_are_found() -> None:
 
 @pytest.mark.parametrize(("case", "sparsity"), [("magnitude_s0.5", 0.5), ("magnitude_s0.95", 0.95), ("dense", 0.0)])
 def test_golden_values_and_gradients(case: str, sparsity: float) -> None:
-    arrays = np.load(Path(__file__).parents[2] / "golden" / "layers.npz")
+    arrays = np.load(Path(__file__).parents[3] / "golden" / "layers.npz")
 
     def golden(name: str) -> Tensor:
         return torch.from_numpy(arrays[f"{case}.{name}"])

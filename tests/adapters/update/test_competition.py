@@ -15,8 +15,7 @@ from snell_lightning.adapters.update.competition import (
     threshold,
 )
 from snell_lightning.memory import StorageTracker
-
-from . import reference
+from tests.adapters import reference
 
 COMPETING = [name for name in SPARSIFIERS if name != "none"]
 

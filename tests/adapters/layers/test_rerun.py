@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, deltas, inject
-
-from .models import enlarge, large_config
+from tests.adapters.models import enlarge, large_config
 
 
 class Block(nn.Module):
