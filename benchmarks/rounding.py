@@ -77,15 +77,15 @@ def of_a_layer(size: float) -> dict[str, float]:
     apart = x @ weight.bfloat16().float().T + x @ update.bfloat16().float().T
     nearest = x @ (weight + update).bfloat16().float().T
     random = torch.stack([x @ round_at_random(weight + update, seed).float().T for seed in range(32)])
-    # What is left of the update where the weight's own rounding is taken off.
-    kept = x @ ((weight + update).bfloat16().float() - weight.bfloat16().float()).T
+    # The update's own part as one product with the nearest has it: the difference that the update makes.
+    own = x @ ((weight + update).bfloat16().float() - weight.bfloat16().float()).T
     return {
         "size": size,
         "apart": ((apart - exact).norm() / part).item(),
         "nearest": ((nearest - exact).norm() / part).item(),
         "random": ((random - exact).norm() / 32**0.5 / part).item(),
         "random, mean of 32": ((random.mean(0) - exact).norm() / part).item(),
-        "update lost by nearest": 1 - ((kept * (x @ update.T)).sum() / part**2).item(),
+        "own part, nearest": ((own - x @ update.T).norm() / part).item(),
     }
 
 
