@@ -243,7 +243,7 @@ def _fill(operands: tuple[Tensor, ...], scale: float, buffer: Tensor, sparsity: 
     torch.ops.snell.fill(*operands, scale, buffer, low, high, candidates, counts)
     if sparsity is None:
         return None
-    if isinstance(buffer, FakeTensor):
+    if isinstance(buffer, FakeTensor) and sampled:
         return buffer.new_empty(())
     if sampled:
         below, inside = counts[:, 0].sum().item(), counts[:, 1].tolist()

@@ -47,7 +47,7 @@ class SharedThresholds:
         known = self._known.get(layer)
         if known is None or known[0] != state:
             self._known[layer] = None
-            stale = [(each, now) for each in self._known if (now := self._stale(each, state))]
+            stale = [(each, now) for each in list(self._known) if (now := self._stale(each, state))]
             for (each, now), taus in zip(stale, self._find([each for each, _ in stale]), strict=True):
                 self._known[each] = now, taus
             known = self._known[layer]

@@ -3,6 +3,7 @@ what is read and written.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -32,10 +33,10 @@ def _thresholds(
     p: Sequence[Tensor], q: Sequence[Tensor], kernel: str, scales: Sequence[float], ranks: Sequence[int]
 ) -> Tensor:
     device = p[0].device
-    numbers = _numbers(tuple(scales), torch.float32, device), _numbers(tuple(ranks), torch.int32, device)
-    return thresholds(
-        make_table(where(p, q), device), *numbers, len(p[0]), kernel == "distance", _TYPES[p[0].dtype]
-    )  # fmt: skip
+    with _on(device):
+        numbers = _numbers(tuple(scales), torch.float32, device), _numbers(tuple(ranks), torch.int32, device)
+        table = make_table(where(p, q), device)
+        return thresholds(table, *numbers, len(p[0]), kernel == "distance", _TYPES[p[0].dtype])
 
 
 def _write(
@@ -52,9 +53,10 @@ def _write(
     seed: Tensor | None = None,
     number: int | None = None,
 ) -> None:
-    table = make_table(where(p, q), out.device)
     kind = len(p[0]), kernel == "distance", SPARSIFIERS[sparsifier], _TYPES[p[0].dtype]
-    write(table, taus, out, base, order, scale, factor, *kind, number if seed is None else seed)
+    with _on(out.device):
+        table = make_table(where(p, q), out.device)
+        write(table, taus, out, base, order, scale, factor, *kind, number if seed is None else seed)
 
 
 def _backward(
@@ -70,17 +72,24 @@ def _backward(
     factor: float,
     rewrite: bool,
 ) -> Tensor:
-    table = make_table(where(p, q), grad.device)
     grads = _grads(p, q)
     kind = len(p[0]), kernel == "distance", SPARSIFIERS[sparsifier], _TYPES[p[0].dtype]
-    backward(table, taus, grad, base, order, scale, factor, rewrite, *kind, grads)
+    with _on(grad.device):
+        table = make_table(where(p, q), grad.device)
+        backward(table, taus, grad, base, order, scale, factor, rewrite, *kind, grads)
     return grads
 
 
 def _dropped(seed: Tensor, rows: int, columns: int, samples: int, dropout: float, drop_path: float) -> Tensor:
     mask = seed.new_empty(rows, columns if dropout else 1, dtype=torch.bool)
-    dropped(mask, seed, samples, dropout, drop_path)
+    with _on(seed.device):
+        dropped(mask, seed, samples, dropout, drop_path)
     return mask
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Within, launches go to this device: Triton launches on the current one, wherever the tensors are."""
+    return nullcontext() if device.index is None else torch.get_device_module(device).device(device)
 
 
 def _grads(p: Sequence[Tensor], q: Sequence[Tensor]) -> Tensor:
