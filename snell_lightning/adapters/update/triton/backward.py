@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from snell_lightning.adapters.update.triton.entries import distance_or_product, entries, slopes, survivors
+from snell_lightning.adapters.update.triton.entries import (
+    distance_or_product,
+    entries,
+    factors_of,
+    rows_of_weight,
+    slopes,
+    survivors,
+)
 from snell_lightning.adapters.update.triton.table import PLACES, REDUCED, ROWS, WARPS, Table
 
 
@@ -29,17 +36,11 @@ def _backward(
     program = tl.program_id(0)
     update = tl.load(programs + 2 * program)
     block = tl.load(programs + 2 * program + 1)
-    about = updates + 8 * update
-    p = tl.load(about).to(tl.pointer_type(TYPE))
-    q = tl.load(about + 1).to(tl.pointer_type(TYPE))
-    height = tl.load(about + 2).to(tl.int32)
-    columns = tl.load(about + 4).to(tl.int32)
+    p, q, height, _, columns = factors_of(updates, update, TYPE)
     rows = block * ROWS + tl.arange(0, ROWS)
     places = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
     inside = (rows < height)[:, None] & (places < width)[None, :]
-    of_weight = tl.load(about + 5) + rows
-    if order is not None:
-        of_weight = tl.load(order + of_weight, mask=rows < height, other=0)
+    of_weight = rows_of_weight(updates, update, rows, height, order)
     at = grad + of_weight[:, None] * width + places[None, :]
     tau = 0.0
     if SPARSIFIER != 3:
@@ -55,6 +56,7 @@ def _backward(
             value += tl.load(here, mask=inside, other=0.0).to(tl.float32)
         tl.store(at, value.to(grad.dtype.element_ty), mask=inside)
 
+    about = updates + 8 * update
     of_p = partial + tl.load(about + 6) + tl.program_id(1) * PIECES * height * columns
     of_q = partial + tl.load(about + 7) + block * PIECES * width * columns
     for piece in tl.static_range(PIECES):

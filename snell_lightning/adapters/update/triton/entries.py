@@ -21,6 +21,27 @@ SPARSIFIERS = {"magnitude": MAGNITUDE, "soft": SOFT, "hard": HARD, "none": NONE}
 
 
 @triton.jit
+def factors_of(updates, update, TYPE: tl.constexpr):
+    """P and Q of an update in a `Table`, then its height, width and columns."""
+    about = updates + 8 * update
+    p = tl.load(about).to(tl.pointer_type(TYPE))
+    q = tl.load(about + 1).to(tl.pointer_type(TYPE))
+    height = tl.load(about + 2).to(tl.int32)
+    width = tl.load(about + 3).to(tl.int32)
+    columns = tl.load(about + 4).to(tl.int32)
+    return p, q, height, width, columns
+
+
+@triton.jit
+def rows_of_weight(updates, update, rows, height, order):
+    """The weight's rows that an update's rows belong to; where they do not lie together the order tells."""
+    of_weight = tl.load(updates + 8 * update + 5) + rows
+    if order is not None:
+        of_weight = tl.load(order + of_weight, mask=rows < height, other=0)
+    return of_weight
+
+
+@triton.jit
 def distance_or_product(p, q, height, width, columns, piece, rows, places, DISTANCE: tl.constexpr):
     """One piece's distances, or its inner products, `(rows, places)`, of P `(pieces, height, columns)` and Q."""
     p_rows = p + (piece * height + rows) * columns

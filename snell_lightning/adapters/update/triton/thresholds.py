@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snell_lightning.adapters.update.competition import TIED
-from snell_lightning.adapters.update.triton.entries import entries
+from snell_lightning.adapters.update.triton.entries import entries, factors_of
 from snell_lightning.adapters.update.triton.table import PLACES, ROWS, WARPS, Table
 
 PASSES, BINS = 4, 256
@@ -49,12 +49,7 @@ def _count(
     program = tl.program_id(0)
     update = tl.load(programs + 2 * program)
     block = tl.load(programs + 2 * program + 1)
-    about = updates + 8 * update
-    p = tl.load(about).to(tl.pointer_type(TYPE))
-    q = tl.load(about + 1).to(tl.pointer_type(TYPE))
-    height = tl.load(about + 2).to(tl.int32)
-    width = tl.load(about + 3).to(tl.int32)
-    columns = tl.load(about + 4).to(tl.int32)
+    p, q, height, width, columns = factors_of(updates, update, TYPE)
     scale = tl.load(scales + update)
     prefix, _ = _chosen(counts, update, tl.load(ranks + update), DONE, BINS, PASSES)
     rows = block * ROWS + tl.arange(0, ROWS)

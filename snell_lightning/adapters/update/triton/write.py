@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from snell_lightning.adapters.update.triton.entries import entries, rounded_at_random, survivors
+from snell_lightning.adapters.update.triton.entries import (
+    entries,
+    factors_of,
+    rounded_at_random,
+    rows_of_weight,
+    survivors,
+)
 from snell_lightning.adapters.update.triton.table import PLACES, ROWS, WARPS, Table
 
 
@@ -19,11 +25,7 @@ def _write(
 ):  # fmt: skip
     program = tl.program_id(0)
     update = tl.load(programs + 2 * program)
-    about = updates + 8 * update
-    p = tl.load(about).to(tl.pointer_type(TYPE))
-    q = tl.load(about + 1).to(tl.pointer_type(TYPE))
-    height = tl.load(about + 2).to(tl.int32)
-    columns = tl.load(about + 4).to(tl.int32)
+    p, q, height, _, columns = factors_of(updates, update, TYPE)
     rows = tl.load(programs + 2 * program + 1) * ROWS + tl.arange(0, ROWS)
     places = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
     tau = 0.0
@@ -32,10 +34,7 @@ def _write(
     value = survivors(entries(p, q, height, width, columns, scale, rows, places, PIECES, DISTANCE), tau, SPARSIFIER)
     value *= factor
     inside = (rows < height)[:, None] & (places < width)[None, :]
-    # Of rows that do not lie together the order tells where each one is.
-    of_weight = tl.load(about + 5) + rows
-    if order is not None:
-        of_weight = tl.load(order + of_weight, mask=rows < height, other=0)
+    of_weight = rows_of_weight(updates, update, rows, height, order)
     if base is not None:
         here = base + of_weight[:, None] * base_stride + places[None, :]
         value += tl.load(here, mask=inside, other=0.0).to(tl.float32)
