@@ -35,7 +35,7 @@ from snell_lightning.adapters import SnellConfig, SnellLinear, freeze_all_but_he
 from snell_lightning.adapters.update import competition, loop, triton
 
 RESULT = RESULTS / "launches.json"
-METHODS = "plain,full,lora,snell"
+METHODS = "plain,full,lora,snell,snell:rounding=random"
 CPU = torch.device("cpu")
 # They ask for memory, or look at it in another way.
 _NOTHING = frozenset(
