@@ -32,7 +32,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.common import RESULTS, environment, mebibytes, print_table, write_result
 from benchmarks.methods import Backbone, Settings, autocast, build, parse_variants
 from snell_lightning.adapters import SnellConfig, SnellLinear, freeze_all_but_head
-from snell_lightning.adapters.update import competition, loop, triton
+from snell_lightning.adapters.layers import linear
+from snell_lightning.adapters.update import competition, loop, noise, triton
 
 RESULT = RESULTS / "launches.json"
 METHODS = "plain,full,lora,snell,snell:rounding=random"
@@ -111,6 +112,9 @@ def accelerators_path(programs: bool) -> Iterator[FakeTensorMode]:
     with (
         patch.object(triton, "DEVICES", devices),
         patch.object(loop, "applies", lambda *_: False),
+        # The host draws seeds with its own generator.
+        patch.object(noise, "draw_seed", lambda: 2**40),
+        patch.object(linear, "draw_seed", lambda: 2**40),
         patch.object(competition, "_TILE_ON_CPU", competition._TILE_ON_ACCELERATOR),
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
     ):
