@@ -79,7 +79,7 @@ def compiled(name: str, settings: dict[str, Any], capability: tuple[int, int]) -
     base = settings.get("base", "fp32")
     kinds["base"] = f"*{base}"
     constants |= {key: value for key, value in settings.items() if key != "base"} | ({} if base else {"base": None})
-    if name == "_write":
+    if name in ("_write", "_dropped"):
         constants["seed"] = None
     if settings.get("SPARSIFIER") == 3:
         constants["taus"] = None

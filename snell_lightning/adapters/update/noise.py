@@ -39,6 +39,9 @@ class Noise:
         """What the update is multiplied with, so that its mean stays."""
         return 1 / ((1 - self._cut / 2**16) * (1 - self.drop_path))
 
+    def _by_program(self, device: torch.device) -> bool:
+        return device.type in triton.DEVICES and triton.usable(device)
+
     def _generator(self, device: torch.device) -> torch.Generator:
         seed = self.seed if isinstance(self.seed, int) else int(self.seed.item())
         return torch.Generator(device).manual_seed(seed)
@@ -56,7 +59,7 @@ class Noise:
     def dropped(self, rows: int, columns: int, samples: int, device: torch.device) -> Tensor | None:
         """A mask `(rows, columns)` or `(rows, 1)`, true where the update's input is dropped, entry or whole sample.
 
-        For devices whose numbers the host does not know. On the CPU the samples are those of `row_ranges`.
+        For devices whose numbers the host does not know. By torch's operations the samples are those of `row_ranges`.
 
         Args:
             rows: Of the input.
@@ -64,8 +67,11 @@ class Noise:
             samples: Which the rows belong to in turn.
             device: Where the mask is made.
         """
-        if isinstance(self.seed, Tensor) and device.type in triton.DEVICES and triton.usable(device):
-            return torch.ops.snell.dropped(self.seed, rows, columns, samples, self._cut / 2**16, self.drop_path)
+        if self._by_program(device):
+            mask = torch.empty(rows, columns if self._cut else 1, dtype=torch.bool, device=device)
+            seeds = (self.seed, None) if isinstance(self.seed, Tensor) else (None, self.seed)
+            torch.ops.snell.dropped(mask, *seeds, samples, self._cut / 2**16, self.drop_path)
+            return mask
         entries = self.dropped_entries(rows, columns, device)
         if not self.drop_path or not samples:
             return entries

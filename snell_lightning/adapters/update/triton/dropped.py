@@ -13,9 +13,11 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-@triton.jit
-def _dropped(seed, mask, rows, columns, each, dropout, drop_path, BLOCK: tl.constexpr):
-    key = tl.load(seed)
+@triton.jit(do_not_specialize=["number"])
+def _dropped(seed, number, mask, rows, columns, each, dropout, drop_path, BLOCK: tl.constexpr):
+    key = number
+    if seed is not None:
+        key = tl.load(seed)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     lost = tl.rand(key, places) < dropout
     # Of a seed of their own; a layer has fewer samples than entries.
@@ -24,12 +26,12 @@ def _dropped(seed, mask, rows, columns, each, dropout, drop_path, BLOCK: tl.cons
     tl.store(mask + places, lost, mask=places < rows * columns)
 
 
-def dropped(mask: Tensor, seed: Tensor, samples: int, dropout: float, drop_path: float) -> None:
+def dropped(mask: Tensor, seed: Tensor | int, samples: int, dropout: float, drop_path: float) -> None:
     """Write true where the update's input is dropped.
 
     Args:
         mask: `(rows, columns)`, or `(rows, 1)` where only whole samples are dropped; boolean.
-        seed: `()`, int64.
+        seed: Of the numbers, at least 2^32; a tensor `()`, int64, where only the device knows it.
         samples: Which the rows belong to in turn.
         dropout: Probability of dropping an entry.
         drop_path: Probability of dropping a sample.
@@ -37,4 +39,5 @@ def dropped(mask: Tensor, seed: Tensor, samples: int, dropout: float, drop_path:
     rows, columns = mask.shape
     each = rows // samples if samples else max(rows, 1)
     grid = (-(-mask.numel() // _BLOCK),)
-    _dropped[grid](seed, mask, rows, columns, each, dropout, drop_path if samples else 0.0, BLOCK=_BLOCK)
+    seeds = (seed, 2**32) if isinstance(seed, Tensor) else (None, seed)
+    _dropped[grid](*seeds, mask, rows, columns, each, dropout, drop_path if samples else 0.0, BLOCK=_BLOCK)

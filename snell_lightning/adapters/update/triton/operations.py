@@ -25,7 +25,7 @@ _OPERATIONS = {
     " Tensor? seed=None, int? number=None) -> ()",
     "backward_all": f"({_FACTORS}, Tensor? taus, Tensor(a!) grad, Tensor? base, Tensor? order, float factor,"
     " bool rewrite) -> Tensor",
-    "dropped": "(Tensor seed, int rows, int columns, int samples, float dropout, float drop_path) -> Tensor",
+    "dropped": "(Tensor(a!) mask, Tensor? seed, int? number, int samples, float dropout, float drop_path) -> ()",
 }
 
 
@@ -80,11 +80,13 @@ def _backward(
     return grads
 
 
-def _dropped(seed: Tensor, rows: int, columns: int, samples: int, dropout: float, drop_path: float) -> Tensor:
-    mask = seed.new_empty(rows, columns if dropout else 1, dtype=torch.bool)
-    with _on(seed.device):
-        dropped(mask, seed, samples, dropout, drop_path)
-    return mask
+def _dropped(
+    mask: Tensor, seed: Tensor | None, number: int | None, samples: int, dropout: float, drop_path: float
+) -> None:
+    key = number if seed is None else seed
+    assert key is not None
+    with _on(mask.device):
+        dropped(mask, key, samples, dropout, drop_path)
 
 
 def _on(device: torch.device) -> AbstractContextManager[None]:
@@ -121,9 +123,7 @@ _without_data = {
     "thresholds": lambda p, *_: p[0].new_empty(len(p), dtype=torch.float32),
     "write_all": lambda *_: None,
     "backward_all": lambda p, q, *_: _grads(p, q),
-    "dropped": lambda seed, rows, columns, samples, dropout, *_: seed.new_empty(
-        rows, columns if dropout else 1, dtype=torch.bool
-    ),
+    "dropped": lambda *_: None,
 }
 for _name, _function in {
     "thresholds": _thresholds,

@@ -90,6 +90,8 @@ def test_a_layer_gives_what_it_gives_without_them(
 
     expected = step(one, x)
     request.getfixturevalue("programs")
+    # The same numbers on both sides.
+    request.getfixturevalue("monkeypatch").setattr(Noise, "_by_program", lambda *_: False)
     with Calls() as calls:
         found = step(other, x)
 
@@ -127,6 +129,26 @@ def tiny(depth: int = 1, **settings: object) -> nn.Module:
 def loss(model: nn.Module) -> Tensor:
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     return model(images).square().sum()
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("settings", [{"dropout": 0.3}, {"drop_path": 0.3}, {"dropout": 0.3, "drop_path": 0.3}])
+def test_noise_is_one_program_with_the_same_mask_in_backward(settings: dict[str, float]) -> None:
+    tuned = layer(**settings)
+    nn.init.zeros_(tuned._parameters["weight"])
+    nn.init.zeros_(tuned._parameters["bias"])
+    x = torch.randn(200, 2, 20, requires_grad=True)
+
+    with Calls() as calls:
+        y = tuned(x)
+        y.square().sum().backward()
+
+    assert calls.of["dropped"] == 2
+    lost = (y == 0).all(2).all(1)
+    assert (x.grad[lost] == 0).all()
+    assert lost.float().mean().item() == pytest.approx(settings.get("drop_path", 0.0), abs=0.12)
+    entries = (x.grad[~lost] == 0).float().mean().item()
+    assert entries == pytest.approx(settings.get("dropout", 0.0), abs=0.05)
 
 
 @pytest.mark.usefixtures("programs")
@@ -226,7 +248,7 @@ def test_no_step_waits_for_a_value(
     model = tiny(2 if settings.get("recompute") == "blocks" else 1, **settings)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     # Drawn by the host, from the CPU's generator.
-    monkeypatch.setattr(Noise, "draw", lambda dropout, drop_path: Noise(dropout, drop_path, 7))
+    monkeypatch.setattr(Noise, "draw", lambda dropout, drop_path: Noise(dropout, drop_path, 2**40))
 
     def step() -> None:
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
