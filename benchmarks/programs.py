@@ -74,7 +74,8 @@ def compiled(name: str, settings: dict[str, Any], capability: tuple[int, int]) -
     }  # fmt: skip
     constants = {
         "TYPE": tl.float32, "ROWS": table.ROWS, "PLACES": table.PLACES, "BINS": thresholds.BINS,
-        "PASSES": thresholds.PASSES, "TIED": thresholds.TIED, "BLOCK": dropped.BLOCK if name == "_dropped" else table.REDUCED, "order": None,
+        "PASSES": thresholds.PASSES, "TIED": thresholds.TIED, "order": None,
+        "BLOCK": dropped.BLOCK if name == "_dropped" else table.REDUCED,
     }  # fmt: skip
     base = settings.get("base", "fp32")
     kinds["base"] = f"*{base}"
