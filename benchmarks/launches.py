@@ -36,7 +36,7 @@ from snell_lightning.adapters.layers import linear
 from snell_lightning.adapters.update import competition, loop, noise, triton
 
 RESULT = RESULTS / "launches.json"
-METHODS = "plain,full,lora,snell,snell:rounding=random"
+METHODS = "plain,full,lora,snell,snell:rounding=random,snell:dropout=0.1:drop_path=0.1"
 CPU = torch.device("cpu")
 # They ask for memory, or look at it in another way.
 _NOTHING = frozenset(

@@ -18,7 +18,7 @@ from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.finding import why_not_adaptable
 from snell_lightning.adapters.guards import MergeFirstError, refuse_dropped_gradients, refuse_export
 from snell_lightning.adapters.layers.product import make_matrix, one_product_is_exact, tuned_linear, two_products
-from snell_lightning.adapters.layers.recompute import layer_input
+from snell_lightning.adapters.layers.recompute import Recipe, layer_input
 from snell_lightning.adapters.layers.traced import traced_linear
 from snell_lightning.adapters.update.delta import SnellDelta
 from snell_lightning.adapters.update.kernels import full_precision
@@ -116,9 +116,7 @@ class SnellLinear(nn.Module):
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        if self._stride is not None:
-            rows, columns = self._stride
-            x = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
+        x = Recipe(x.dtype, self._stride).arrange(x)
         noise = (self.config.dropout, self.config.drop_path) if self.training else (0.0, 0.0)
         bias, order = self._parameters["bias"], self._buffers["_order"]
         at_random = self.training and self.config.rounding == "random"

@@ -112,10 +112,15 @@ def tuned_linear(
     """
     factors = [factor for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
     samples = len(x) if x.dim() > 1 else 1
-    masked = x.device.type != "cpu" or triton.applies(*factors)
-    plan = Plan([delta.rule for delta in deltas], noise, samples, recipe or Recipe(x.dtype), order, masked, seed)
+    rules, masked = [delta.rule for delta in deltas], zeroes_samples(x, factors)
+    plan = Plan(rules, noise, samples, recipe or Recipe(x.dtype), order, masked, seed)
     y = _TunedLinear.apply(x, x.detach() if kept is None else kept, weight, bias, plan, taus, *factors)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def zeroes_samples(x: Tensor, factors: Sequence[Tensor]) -> bool:
+    """Whether samples that drop path drops are zeroed, and their rows not left out: where the host is not to wait."""
+    return x.device.type != "cpu" or triton.applies(*factors)
 
 
 def make_matrix(

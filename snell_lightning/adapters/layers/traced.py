@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snell_lightning.adapters.layers.product import Plan, backward, forward
+from snell_lightning.adapters.layers.product import Plan, backward, forward, zeroes_samples
 from snell_lightning.adapters.layers.recompute import Recipe
-from snell_lightning.adapters.update import triton
 from snell_lightning.adapters.update.delta import SnellDelta
 from snell_lightning.adapters.update.kernels import kernel_dtype
 from snell_lightning.adapters.update.noise import Noise
@@ -203,7 +202,6 @@ def _plan(
     samples: int,
     at_random: bool,
 ) -> Plan:
-    masked = x.device.type != "cpu" or triton.applies(*factors)
     drawn = Noise(noise[0], noise[1], seed) if seed is not None and any(noise) else None
     rules = _rules(kernel, sparsifier, scales, sparsities)
-    return Plan(rules, drawn, samples, Recipe(x.dtype), order, masked, seed if at_random else None)
+    return Plan(rules, drawn, samples, Recipe(x.dtype), order, zeroes_samples(x, factors), seed if at_random else None)

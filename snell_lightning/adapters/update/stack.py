@@ -86,7 +86,7 @@ class Stack:
             return [part.view(each.shape) for part, each in zip(parts, self.factors, strict=True)]
         grads: list[Tensor] = []
         for (rule, p, q, rows), tau in zip(
-            self._each(kernel_dtype(*self.factors, grad)), self.each_tau(taus), strict=True
+            self._each(kernel_dtype(*self.factors, grad)), self._each_tau(taus), strict=True
         ):
             part = grad[rows]
             grads += rule.backward(p, q, tau, part, None if base is None else base[rows], factor, rewrite)
@@ -103,7 +103,7 @@ class Stack:
         """
         if self.together(*others):
             return False
-        each = zip(self._each(kernel_dtype(*self.factors)), self.each_tau(taus), strict=True)
+        each = zip(self._each(kernel_dtype(*self.factors)), self._each_tau(taus), strict=True)
         return all(rule.samples(p, q, tau, *others) for (rule, p, q, _), tau in each)
 
     def sampled_backward(
@@ -128,7 +128,7 @@ class Stack:
             factor: As in `write`.
         """
         grads: list[Tensor] = []
-        each = zip(self._each(kernel_dtype(*self.factors)), self.each_tau(taus), strict=True)
+        each = zip(self._each(kernel_dtype(*self.factors)), self._each_tau(taus), strict=True)
         for (rule, p, q, rows), tau in each:
             assert tau is not None
             part = None if out is None else out[rows]
@@ -138,7 +138,7 @@ class Stack:
                 _put_back(out, rows, part)
         return grads
 
-    def each_tau(self, taus: Sequence[Tensor]) -> list[Tensor | None]:
+    def _each_tau(self, taus: Sequence[Tensor]) -> list[Tensor | None]:
         """The threshold of each update, None of a dense one, from what `write` returned."""
         left = iter(taus[0].unbind() if len(taus) == 1 and taus[0].dim() else taus)
         return [None if rule.dense else next(left) for rule in self.rules]
