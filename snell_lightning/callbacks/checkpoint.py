@@ -1,13 +1,11 @@
 """Checkpoints to resume from, and the adapter file of the best score."""
 
 import math
-import random
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
@@ -17,8 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from snell_lightning.adapters import adapter_state_dict, save_adapter
+from snell_lightning.adapters import UserError, adapter_state_dict, save_adapter
 from snell_lightning.callbacks.report import ClassReport
+from snell_lightning.callbacks.resuming import accumulates, go_on, of_all_processes
 from snell_lightning.module import ImageClassifier
 from snell_lightning.runs import ADAPTER, CHECKPOINTS, Run
 
@@ -26,14 +25,16 @@ AUTO = "auto"
 
 
 class AdapterCheckpoint(ModelCheckpoint):
-    """Save `last.ckpt` after each epoch, and at each new best score `adapter.safetensors` and `epoch=N.ckpt`.
+    """Save `last.ckpt` to resume from, and at each new best score `adapter.safetensors` and `epoch=N.ckpt`.
 
     What is scored is what is saved: the adapter's tensors are those that were validated, taken when validation began,
     whatever they are before and after it (callbacks that average weights exchange them for the time of validation). The
     files are written when validation ends, in the middle of an epoch too, and then are called `epoch=N-step=M.ckpt`.
 
-    Checkpoints hold trained tensors, optimizer, schedule, loops and the state of every process's random generators, and
-    no frozen weight. The adapter file stands in the run's folder and is all that is needed to use the result.
+    Checkpoints hold trained tensors, optimizer, schedule, loops, the place in the epoch, the state of every process's
+    random generators and the gradients that wait for more (`trainer.accumulate_grad_batches`), and no frozen weight:
+    a run goes on from any of them as if nothing had been. The adapter file stands in the run's folder and is all that is
+    needed to use the result.
 
     Of those that score the same the last one is kept: small validation sets are soon saturated.
 
@@ -44,6 +45,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         dirpath: Folder of the checkpoints; by default `checkpoints` in the run's folder.
         save_top_k: How many checkpoints of the best to keep.
         every_n_epochs: Save `last.ckpt` after every so many epochs.
+        every_n_train_steps: Save `last.ckpt` after every so many optimizer steps besides; where a validation follows,
+            after that.
     """
 
     def __init__(
@@ -53,7 +56,10 @@ class AdapterCheckpoint(ModelCheckpoint):
         dirpath: str | None = None,
         save_top_k: int = 1,
         every_n_epochs: int = 1,
+        every_n_train_steps: int | None = None,
     ) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise UserError(f"checkpoint.every_n_train_steps is {every_n_train_steps}; expected at least 1, or null")
         super().__init__(
             dirpath=dirpath,
             filename="{epoch}",
@@ -73,10 +79,13 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._scored: dict[str, Tensor] | None = None
         self._by_validation = False
         self._last_step = 0
+        self._every_n_steps = every_n_train_steps
+        # Whether a checkpoint is due that has to wait for a validation, or for the end of the epoch.
+        self._due = False
         self._strategy: Strategy | None = None
         self._resumed_from = Path()
         self._continues = False
-        self._random_states: list[dict[str, Any]] | None = None
+        self._resumed: list[dict[str, Any]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out where the files go, and what decides."""
@@ -98,11 +107,11 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._continues = run is not None and run.continues
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the random generators the state that a resumed run was stopped with, and write its adapter so far."""
+        """Go on where a resumed run was stopped, and write its adapter so far."""
         super().on_train_start(trainer, pl_module)
-        states, self._random_states = self._random_states, None
-        if states is not None and len(states) == trainer.world_size:
-            _set_random_state(states[trainer.global_rank])
+        if self._resumed is not None:
+            go_on(trainer, pl_module, self._resumed)
+            self._resumed = None
         assert self.adapter_path is not None
         if self.best_model_path and trainer.is_global_zero and not self.adapter_path.is_file():
             # Of the resumed run the adapter lies elsewhere, if it is there still; its best checkpoint has the tensors.
@@ -125,6 +134,24 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._by_validation = True
             self._select(trainer, pl_module)
         self._scored = None
+        if self._due and not _at_epochs_end(trainer):
+            self._save_last(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Number the steps of a resumed run's log as if it had not been stopped."""
+        if pl_module.automatic_optimization:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save `last.ckpt` after so many steps, but for validation and the end of the epoch, which come first."""
+        if not self._saves(trainer) or self._every_n_steps is None:
+            return
+        step = trainer.global_step
+        self._due |= step != self._last_step and step % self._every_n_steps == 0 and not accumulates(trainer)
+        if self._due and not _at_epochs_end(trainer) and not _validates_next(trainer):
+            self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save `last.ckpt`; where training itself gives the score, what it has led to may be the best so far."""
@@ -132,7 +159,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             return
         if not self._by_validation and (self.monitor is None or self.monitor in trainer.callback_metrics):
             self._select(trainer, pl_module)
-        if (trainer.current_epoch + 1) % max(1, self._every_n_epochs) == 0:
+        if self._due or (trainer.current_epoch + 1) % max(1, self._every_n_epochs) == 0:
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,17 +182,12 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the state of each process's random generators."""
-        state = _random_state()
-        states: list[Any] = [state]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, state)
-        checkpoint["random_states"] = states
+        """Add what each process has of its own."""
+        checkpoint["processes"] = of_all_processes(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the random states until training starts."""
-        self._random_states = checkpoint.get("random_states")
+        """Keep what each process has of its own until training starts."""
+        self._resumed = checkpoint.get("processes")
         self._strategy, self._resumed_from = trainer.strategy, Path(trainer.ckpt_path or "").absolute()
         self._last_step = checkpoint["global_step"]
 
@@ -220,8 +242,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         if better:
             self.best = {"score": score, "epoch": trainer.current_epoch}
         if not self.adapter_only:
-            at_end = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-            self.filename = "{epoch}" if at_end else "{epoch}-{step}"
+            self.filename = "{epoch}" if _at_epochs_end(trainer) else "{epoch}-{step}"
             self._save_topk_checkpoint(trainer, candidates)
         if better and self._by_validation:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -242,7 +263,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _save_last(self, trainer: Trainer) -> None:
         if not self.adapter_only:
-            self._last_step = trainer.global_step
+            self._last_step, self._due = trainer.global_step, False
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _validate(self, trainer: Trainer) -> None:
@@ -300,35 +321,12 @@ def _trained_tensors(module: LightningModule) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in adapter_state_dict(module.model).items()}
 
 
-def _random_state() -> dict[str, Any]:
-    """The state of this process's random generators, in types that load without running code."""
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(numbers), gauss],
-        "numpy": [
-            str(name),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            position,
-            has_gauss,
-            cached,
-        ],
-    }
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-        assert device is not None
-        state["accelerator"] = torch.get_device_module(device).get_rng_state()
-    return state
+def _at_epochs_end(trainer: Trainer) -> bool:
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "accelerator" in state and torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-        assert device is not None
-        torch.get_device_module(device).set_rng_state(state["accelerator"])
+def _validates_next(trainer: Trainer) -> bool:
+    """Whether a validation follows the batch that ends."""
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)

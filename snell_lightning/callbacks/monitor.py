@@ -122,6 +122,10 @@ class SnellMonitor(Callback):
         """Nothing stays pending over an epoch's end."""
         self._flush(trainer)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Nor is it lost where a run goes on from here in another process."""
+        self._flush(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the final state, also of a run shorter than the interval."""
         if trainer.global_step and trainer.global_step != self._logged_step:

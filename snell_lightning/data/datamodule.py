@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from torch.utils.data import DistributedSampler, Sampler
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones import EMBEDDED_BACKBONE
@@ -20,7 +19,7 @@ from snell_lightning.data.dataset import ImageDataset, ImageLoader, OnUnreadable
 from snell_lightning.data.digits import digits
 from snell_lightning.data.folder import folder
 from snell_lightning.data.leaks import shared_images
-from snell_lightning.data.samplers import ShardSampler
+from snell_lightning.data.samplers import ShardSampler, TrainSampler
 from snell_lightning.data.splits import Sample, Source, SplitName, classes_lacking, listed
 from snell_lightning.data.transforms import (
     Augmentation,
@@ -239,10 +238,8 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> ImageLoader:
         """This process's share of the training images, shuffled by seed and epoch."""
-        dataset = self._dataset(self.splits.train, self.train_transform, "train", self.on_bad_image)
-        replicas, rank = self._replicas_and_rank()
-        # Also for a single process, so that the order does not depend on how many there are.
-        sampler: Sampler = DistributedSampler(dataset, replicas, rank, shuffle=True, seed=self.seed)
+        dataset = self._dataset(self.splits.train, self.train_transform, "train", self.on_bad_image, self.seed)
+        sampler = TrainSampler(dataset, *self._replicas_and_rank(), self.seed)
         return image_loader(dataset, sampler, self.batch_size, self.image_size, self.num_workers)
 
     def val_dataloader(self) -> ImageLoader:
@@ -279,9 +276,14 @@ class ImageDataModule(lightning.LightningDataModule):
         return {"train": splits.train, "val": splits.val, "test": splits.test}[self.eval_split]
 
     def _dataset(
-        self, samples: Sequence[Sample], transform: Transform, split: str, on_unreadable: OnUnreadable
+        self,
+        samples: Sequence[Sample],
+        transform: Transform,
+        split: str,
+        on_unreadable: OnUnreadable,
+        seed: int | None = None,
     ) -> ImageDataset:
-        return ImageDataset(samples, self.splits.open_image, transform, split, on_unreadable)
+        return ImageDataset(samples, self.splits.open_image, transform, split, on_unreadable, seed)
 
     def _eval_loader(self, samples: Sequence[Sample], split: EvalSplit, on_unreadable: OnUnreadable) -> ImageLoader:
         if not samples:

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.data.images import why_unreadable
-from snell_lightning.data.samplers import ShardSampler
+from snell_lightning.data.samplers import ShardSampler, TrainSampler
 from snell_lightning.data.splits import Sample
 from snell_lightning.data.transforms import Transform
 
@@ -63,6 +63,10 @@ class ImageDataset(Dataset):
         split: The split's name, for messages.
         on_unreadable: What to do about an image that cannot be read: `error` raises, `skip` leaves it out of its batch
             and counts it, `mark` puts pixels that are not numbers in its place, so that no index shifts.
+        seed: Of what the transform draws at random; None if it draws nothing.
+
+    An image's number is its index, plus the number of images for each epoch that went before. What is drawn for it
+    depends on seed and number alone: neither on the worker that opens it nor on what was opened before.
 
     Attributes:
         unreadable: Why an image could not be read, by its index, for those met so far.
@@ -75,26 +79,33 @@ class ImageDataset(Dataset):
         transform: Transform,
         split: str,
         on_unreadable: OnUnreadable = "error",
+        seed: int | None = None,
     ) -> None:
         self.samples = samples
         self.open_image = open_image
         self.transform = transform
         self.split = split
         self.on_unreadable = on_unreadable
+        self.seed = seed
         self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | UnreadableImage:
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int] | UnreadableImage:
         """The transformed image (3, height, width) and its label, or the note that it cannot be read."""
+        index = number % len(self.samples)
         source, label = self.samples[index]
         try:
             image = self.open_image(source)
         except Exception as error:  # PIL's decoders raise whatever a broken file leads them to
             return UnreadableImage(index, label, str(source), why_unreadable(error))
-        return self.transform(image), label
+        if self.seed is None:
+            return self.transform(image), label
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(random.Random(f"{self.seed} {number}").getrandbits(63))
+            return self.transform(image), label
 
 
 class ImageLoader(DataLoader):
@@ -124,19 +135,19 @@ class ImageLoader(DataLoader):
         """One pass over the images of this process, without the unreadable ones, filled up with empty batches.
 
         Nothing starts before the first batch is asked for: lightning makes the iterator before it sets the epoch,
-        and workers that start then would fetch the order of epoch 0, whatever the epoch that is resumed. The
-        workers' seed depends on seed, epoch and process alone, and leaves the main generator untouched.
+        and workers that start then would fetch the order of epoch 0, whatever the epoch that is resumed.
         """
-        sampler = getattr(self.batch_sampler, "sampler", None)
-        if self.generator is not None and isinstance(sampler, DistributedSampler):
-            epoch_seed = random.Random(f"{sampler.seed} {sampler.epoch} {sampler.rank}")
-            self.generator.manual_seed(epoch_seed.getrandbits(63))
         batches = super().__iter__()
         skipped: list[UnreadableImage] = []
-        last = len(self) - 1
+        sampler = self.sampler if isinstance(self.sampler, TrainSampler) else None
+        if sampler is not None:
+            sampler.taken = 0
+        last = self._left() - 1
         try:
             for number in range(last + 1):
                 images, labels, unreadable = next(batches, None) or self._empty_batch()
+                if sampler is not None:
+                    sampler.taken += self._at_once(sampler)
                 self.dataset.unreadable |= {image.index: image.reason for image in unreadable}
                 if unreadable and self.dataset.on_unreadable == "error":
                     raise UserError(
@@ -151,6 +162,35 @@ class ImageLoader(DataLoader):
             # Its workers end here, and not whenever an error that holds on to this frame is let go.
             del batches
             self._report(skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the epoch this is, in images over all processes; nothing of a loader that is not trained from."""
+        sampler = self.sampler
+        if not isinstance(sampler, TrainSampler):
+            return {}
+        return {"epoch": sampler.epoch, "images": min(sampler.done + sampler.taken, sampler.images)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a loader was, whatever its batches and processes were."""
+        sampler = self.sampler
+        if isinstance(sampler, TrainSampler) and state_dict:
+            sampler.set_epoch(state_dict["epoch"])
+            sampler.done = state_dict["images"]
+
+    def batches_done(self) -> int:
+        """Batches of the epoch that were done before this loader took over."""
+        return len(self) - self._left()
+
+    def _left(self) -> int:
+        """Batches that a pass has from here."""
+        sampler = self.sampler
+        if not isinstance(sampler, TrainSampler):
+            return len(self)
+        return -(-(sampler.images - sampler.done) // self._at_once(sampler))
+
+    def _at_once(self, sampler: TrainSampler) -> int:
+        """Images of a batch over all processes."""
+        return sampler.num_replicas * (self.batch_size or 1)
 
     def _empty_batch(self) -> Any:
         # Lightning's predict loop looks up the indices of each batch here.
@@ -189,9 +229,8 @@ def image_loader(
         num_workers=num_workers,
         collate_fn=partial(_collate, image_size=image_size, mark=dataset.on_unreadable == "mark"),
         pin_memory=torch.accelerator.is_available(),
-        # Fresh workers are seeded at every epoch, which is what makes a resumed run see the same augmentations
-        # as an uninterrupted one.
         persistent_workers=False,
+        # Of its own, so that starting a pass draws nothing from the run's.
         generator=torch.Generator(),
     )
 

@@ -1,20 +1,63 @@
-"""Which images each process evaluates.
+"""Which images each process trains on and evaluates, and in which order.
 
-`torch.utils.data.DistributedSampler` repeats images until every process has the same number, which shifts the
-metrics; here each image belongs to exactly one process. Example with 5 images and 2 processes: rank 0 gets 0,
-2, 4 and rank 1 gets 1, 3.
+Both are `DistributedSampler`s so that lightning leaves them in place instead of wrapping them in one of its own, which
+would shard the shard.
 """
 
 from collections.abc import Iterator, Sized
 
+import torch
 from torch.utils.data import DistributedSampler
+
+
+class TrainSampler(DistributedSampler):
+    """All images in an order that seed and epoch alone decide, dealt out to the processes in turn.
+
+    The epoch's last round is filled up with images of its beginning, so that every process has as many. What comes out
+    is `epoch * images + index`, which counts on through the epochs: whoever opens an image learns from its number alone
+    in which epoch that is, and can draw the same random numbers wherever and whenever it does.
+
+    Args:
+        dataset: The data set; only its length is used.
+        num_replicas: Number of processes.
+        rank: This process, from 0 to `num_replicas - 1`.
+        seed: Of the order.
+
+    Attributes:
+        done: Images at the beginning of the epoch, over all processes, that are left out: the epoch was broken off
+            there.
+        taken: Images that have been taken since.
+    """
+
+    def __init__(self, dataset: Sized, num_replicas: int, rank: int, seed: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self.images = len(dataset)
+        self.done = self.taken = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch; another one than the present one is begun at its beginning."""
+        if epoch != self.epoch:
+            self.done = self.taken = 0
+        super().set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        """Numbers of this process's images that are left of the epoch."""
+        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        rest = order[self.done :]
+        while missing := -len(rest) % self.num_replicas:
+            rest += order[:missing]
+        return (self.epoch * self.images + index for index in rest[self.rank :: self.num_replicas])
+
+    def __len__(self) -> int:
+        """How many this process has in a whole epoch."""
+        return -(-self.images // self.num_replicas)
 
 
 class ShardSampler(DistributedSampler):
     """Every `num_replicas`-th index from `rank` on, in order, without padding.
 
-    It is a `DistributedSampler` so that lightning leaves it in place instead of wrapping it in one of its
-    own, which would shard the shard.
+    A plain `DistributedSampler` repeats images until every process has the same number, which shifts the metrics; here
+    each image belongs to exactly one process. Of 5 images and 2 processes the first gets 0, 2, 4 and the second 1, 3.
 
     Args:
         dataset: The data set; only its length is used.

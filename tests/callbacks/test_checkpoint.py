@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from snell_lightning.adapters import adapter_state_dict, read_adapter
 from snell_lightning.callbacks import AdapterCheckpoint
-from snell_lightning.callbacks.checkpoint import _random_state, _set_random_state
+from snell_lightning.callbacks.resuming import _random_state, _set_random_state
 
 from .conftest import MakeTrainer, loader, make_classifier
 
