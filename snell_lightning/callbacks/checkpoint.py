@@ -33,8 +33,8 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     Checkpoints hold trained tensors, optimizer, schedule, loops, the place in the epoch, the state of every process's
     random generators and the gradients that wait for more (`trainer.accumulate_grad_batches`), and no frozen weight:
-    a run goes on from any of them as if nothing had been. The adapter file stands in the run's folder and is all that is
-    needed to use the result.
+    a run goes on from any of them as if nothing had been. The adapter file stands in the run's folder and is all that
+    is needed to use the result.
 
     Of those that score the same the last one is kept: small validation sets are soon saturated.
 

@@ -5,6 +5,7 @@ the epoch is the loader's to say (`data/samplers.py`).
 """
 
 import random
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -64,16 +65,14 @@ def _go_to_place_in_epoch(trainer: Trainer) -> None:
     loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
     if len(loaders) != 1 or not isinstance(loader := loaders[0], ImageLoader):
         return
-    if loader.state_dict().get("epoch") != loop.epoch_progress.current.processed:
+    if loader.state_dict().get("epoch") != asdict(loop.epoch_progress.current)["processed"]:
         return
     progress = loop.epoch_loop.batch_progress
     surplus = progress.current.ready - loader.batches_done()
     counts: list[Any] = [progress.current, progress.total]
     for count in counts:
-        count.ready -= surplus
-        count.started -= surplus
-        count.processed -= surplus
-        count.completed -= surplus
+        for name, value in asdict(count).items():
+            setattr(count, name, value - surplus)
 
 
 def _trained(module: LightningModule) -> list[torch.nn.Parameter]:
