@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from snell_lightning.adapters import UserError, read_adapter
+from snell_lightning.checkpoints import read_checkpoint
 from snell_lightning.messages import LINKED
 from snell_lightning.peers import rank
 from snell_lightning.runs import continuable, own_adapter, root_of, short, unfinished
@@ -365,7 +365,7 @@ def _without(arguments: Sequence[str], option: str) -> list[str]:
 def _is_whole(path: Path) -> bool:
     try:
         _checkpoint_settings(str(path))
-    except UserError as error:
+    except (UserError, OSError) as error:
         tell(f"resume: {error}; an older one is looked for")
         return False
     return True
@@ -373,19 +373,16 @@ def _is_whole(path: Path) -> bool:
 
 def _checkpoint_settings(path: str) -> dict[str, Any]:
     """The settings of model and data that a checkpoint was made with."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}")
     try:
-        # Read as a whole, which checks its sums: damage must show before a run is started from it.
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        checkpoint = read_checkpoint(path)
         checkpoint["pytorch-lightning_version"], checkpoint["state_dict"]
         data = checkpoint["snell"].get("data", {})
         settings = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
         json.dumps([settings, data])
+    except (UserError, OSError):
+        raise
     except Exception as error:
-        raise UserError(
-            f"{path} is not a checkpoint of this package, or is damaged ({type(error).__name__})"
-        ) from error
+        raise UserError(f"{path} is not a checkpoint of this package ({type(error).__name__})") from error
     # Comes from the data, and where to start from is what the checkpoint itself says.
     model = {key: value for key, value in settings.items() if key not in ("num_classes", "image_size", "adapter_file")}
     return {"model": model, "data": _data_settings(data)}

@@ -11,14 +11,15 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from snell_lightning.adapters import SnellConfig
+from snell_lightning.adapters import SnellConfig, UserError
+from snell_lightning.adapters.whole import whole
 from snell_lightning.arguments import slurm_job, tell
 from snell_lightning.callbacks import AdapterCheckpoint, ClassReport, FiniteLoss, PredictionWriter, SnellMonitor
 from snell_lightning.checks import check_trainer_settings, check_training
 from snell_lightning.data import ImageDataModule
 from snell_lightning.help import COMMANDS, PROGRAM, TITLE
 from snell_lightning.launch import adopt, join, launched, require_agreement, untried
-from snell_lightning.messages import ConfigError
+from snell_lightning.messages import ConfigError, one_line
 from snell_lightning.module import ImageClassifier, check_training_settings
 from snell_lightning.runs import CONFIG, Run, root_of, short
 from snell_lightning.trainer import SnellTrainer
@@ -56,7 +57,8 @@ class RunConfig(SaveConfigCallback):
         while path.exists():
             number += 1
             path = self._folder / f"{Path(CONFIG).stem}_{number}.yaml"
-        self.parser.save(self.config, path, skip_none=False, multifile=False)
+        with whole(path) as part:
+            self.parser.save(self.config, part, skip_none=False, multifile=False)
         if number == 0:
             settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
             for logger in trainer.loggers:
@@ -165,6 +167,8 @@ class SnellCLI(LightningCLI):
             if trainer.to_be_queued_again and trainer.is_global_zero:
                 _queue_again()
             raise SystemExit(128 + trainer.stopped_by) from None
+        except OSError as error:
+            raise UserError(_unwritable(error, trainer.run)) from error
         finally:
             trainer.run.release()
 
@@ -184,6 +188,15 @@ class SnellCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's settings were put below the command line's by `arrange_arguments` already."""
+
+
+def _unwritable(error: OSError, run: Run) -> str:
+    """What to say where the run cannot go on for want of a file, and what is left of it."""
+    line = one_line(error) or str(error)
+    left = sorted(run.checkpoints(), key=lambda path: path.stat().st_mtime)
+    if run.folder is None or not left:
+        return line
+    return f"{line}; {short(left[-1])} is whole: once that is mended, go on with --resume {short(run.folder)}"
 
 
 def _queue_again() -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from snell_lightning.adapters.whole import whole
 from snell_lightning.runs import claim
 
 # What TensorBoard shows beside the settings of each run, to compare runs by.
@@ -157,18 +158,26 @@ class _Rows(_ExperimentWriter):
             self._keep_before(0 if step is None else step, metrics_dict)
         super().log_metrics(dict(metrics_dict), step)
 
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with Path(self.metrics_file_path).open(newline="", encoding="utf-8") as file:
+            self._rewrite(list(csv.DictReader(file)))
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        with whole(self.metrics_file_path) as part, part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+
     def _keep_before(self, step: int, metrics: Mapping[str, float]) -> None:
         """Drop the rows that the continued run logs again: of the first step those of the same metrics."""
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            names = metrics.keys() - {"epoch", "step"}
-            kept = [row for row in reader if int(row["step"]) <= step]
-            rows = [row for row in kept if int(row["step"]) < step or not any(row.get(name) for name in names)]
-            self.metrics_keys = list(reader.fieldnames or ())
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(rows)
+        written = path.read_text(encoding="utf-8")
+        # A run that was killed while it wrote has left a part of a line.
+        reader = csv.DictReader(written[: written.rfind("\n") + 1].splitlines())
+        names = metrics.keys() - {"epoch", "step"}
+        kept = [row for row in reader if int(row["step"]) <= step]
+        rows = [row for row in kept if int(row["step"]) < step or not any(row.get(name) for name in names)]
+        self.metrics_keys = list(reader.fieldnames or ())
+        self._rewrite(rows)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from snell_lightning.adapters.errors import UserError
+from snell_lightning.adapters.whole import remove_parts
 
 try:
     import fcntl
@@ -101,6 +102,8 @@ class Run:
             self._mark = (self.folder / _MARK).open("a+", encoding="utf-8")
             if not lock(self._mark):
                 raise UserError(f"the run in {self.folder} is going on already")
+            for each in (self.folder, self.folder / CHECKPOINTS):
+                remove_parts(each)
             self.note(self.folder / CHECKPOINTS)
         return self.folder
 

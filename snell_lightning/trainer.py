@@ -6,6 +6,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -13,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from snell_lightning.adapters import UserError
+from snell_lightning.checkpoints import read_checkpoint, write_checkpoint
 from snell_lightning.data import ImageDataModule
 from snell_lightning.launch import work_together
 from snell_lightning.logger import RunLogger, RunMetrics
@@ -35,6 +37,8 @@ class SnellTrainer(Trainer):
             **kwargs: Of Lightning's Trainer.
         """
         super().__init__(*args, **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = _WholeCheckpoints()
         if isinstance(self.strategy, DDPStrategy):
             work_together(self.strategy, timeout)
 
@@ -131,6 +135,23 @@ class SnellTrainer(Trainer):
         if signum := int(told):
             signals.stopped_by = signum
             raise SIGTERMException
+
+
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's files, each with a seal, and each there as a whole or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        return read_checkpoint(path, map_location)
 
 
 class _StopSignals(_SignalConnector):

@@ -6,7 +6,6 @@ weights), and whatever the writer adds, such as `classes` and `normalization`. R
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from snell_lightning.adapters.config import SnellConfig
@@ -30,6 +29,7 @@ from snell_lightning.adapters.injection import (
 )
 from snell_lightning.adapters.layers.linear import SnellLinear
 from snell_lightning.adapters.names import plain_name, unwrapped
+from snell_lightning.adapters.whole import whole
 
 FORMAT = "snell_lightning.adapter/1"
 
@@ -75,18 +75,9 @@ def save_adapter(
     }
     trained = adapter_state_dict(model) if tensors is None else tensors
     written = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.touch()
-        usual = unfinished.stat().st_mode
-        save_file(written, unfinished, metadata={key: json.dumps(value) for key, value in values.items()})
-        # safetensors lets its files be read by their owner alone; this is for whoever may read the others.
-        unfinished.chmod(usual)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole(path) as part:
+        # safetensors' own writing raises errors of another kind, and lets its files be read by their owner alone.
+        part.write_bytes(save(written, metadata={key: json.dumps(value) for key, value in values.items()}))
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,12 +1,12 @@
 """Checkpoints to resume from, and the adapter file of the best score."""
 
+import errno
 import math
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import Strategy
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from snell_lightning.adapters import UserError, adapter_state_dict, save_adapter
+from snell_lightning.adapters.whole import whole
 from snell_lightning.callbacks.report import ClassReport
 from snell_lightning.callbacks.resuming import accumulates, go_on, of_all_processes
 from snell_lightning.module import ImageClassifier
@@ -115,7 +116,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         assert self.adapter_path is not None
         if self.best_model_path and trainer.is_global_zero and not self.adapter_path.is_file():
             # Of the resumed run the adapter lies elsewhere, if it is there still; its best checkpoint has the tensors.
-            saved = torch.load(self.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
+            saved = trainer.strategy.checkpoint_io.load_checkpoint(self.best_model_path, weights_only=True)[
+                "state_dict"
+            ]
             self._export(trainer, pl_module, {key.removeprefix("model."): value for key, value in saved.items()})
 
     def on_validation_batch_start(
@@ -239,6 +242,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         candidates = self._monitor_candidates(trainer)
         score = None if self.monitor is None else float(candidates[self.monitor])
         better = score is None or self._beats(trainer, score)
+        self._require_folder(trainer)
         if better:
             self.best = {"score": score, "epoch": trainer.current_epoch}
         if not self.adapter_only:
@@ -262,9 +266,16 @@ class AdapterCheckpoint(ModelCheckpoint):
         return trainer.strategy.reduce_boolean_decision(better)
 
     def _save_last(self, trainer: Trainer) -> None:
+        self._require_folder(trainer)
         if not self.adapter_only:
             self._last_step, self._due = trainer.global_step, False
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _require_folder(self, trainer: Trainer) -> None:
+        """Raise where somebody has removed the run's folder, which saving would make again with half of its files."""
+        run: Run | None = getattr(trainer, "run", None)
+        if run is not None and run.folder is not None and not run.folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the run's folder is not there any more", str(run.folder))
 
     def _validate(self, trainer: Trainer) -> None:
         """Score the model as it is, as lightning's loop does between two steps."""
@@ -282,8 +293,8 @@ class AdapterCheckpoint(ModelCheckpoint):
             while target.exists():
                 number += 1
                 target = folder / f"{source.stem}-v{number}{source.suffix}"
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            with whole(target) as part:
+                shutil.copyfile(source, part)
         return self._strategy.broadcast(target)
 
     def _export(

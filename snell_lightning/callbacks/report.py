@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor
 
+from snell_lightning.adapters.whole import whole
 from snell_lightning.callbacks.pictures import Wrong, draw_confusion, draw_wrong
 from snell_lightning.data.samplers import ShardSampler
 from snell_lightning.runs import short
@@ -192,7 +193,8 @@ class ClassReport(Callback):
         for name, picture in drawn.items():
             if picture is None:
                 continue
-            picture.save(Path(self._log_dir) / f"{report.stage}_{name}.png")
+            with whole(Path(self._log_dir) / f"{report.stage}_{name}.png") as part:
+                picture.save(part, format="png")
             for logger in trainer.loggers:
                 add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
                 if add_image is not None:
@@ -229,7 +231,6 @@ def write_tables(report: Report, folder: Path) -> None:
     precision, _, f1, _ = precision_recall_fscore_support(labels, found, average="macro", zero_division=0)
     means = (f"{value:.6f}" for value in (precision, balanced_accuracy(report), f1))
     rows.append(("mean over classes", *means, len(labels)))
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / f"{report.stage}_classes.csv", [("class", "precision", "recall", "f1", "images"), *rows])
     if len(report.classes) <= _CLASSES:
         matrix = confusion(report)
@@ -254,5 +255,5 @@ def balanced_accuracy(report: Report) -> float:
 
 
 def _write(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows(rows)

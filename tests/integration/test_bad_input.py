@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from snell_lightning.backbones import EMBEDDED_BACKBONE
+from snell_lightning.checkpoints import read_checkpoint, write_checkpoint
 
 from .conftest import QUICK, Command
 
@@ -228,25 +229,26 @@ def write_damaged(kind: str, path: Path) -> None:
     elif kind == "pickled payload":
         path.write_bytes(pickle.dumps(Payload(), protocol=2))
     elif kind == "payload in its settings":
-        torch.save({**torch.load(CHECKPOINT, weights_only=True), "hyper_parameters": {"a": Payload()}}, path)
+        write_checkpoint({**read_checkpoint(CHECKPOINT), "hyper_parameters": {"a": Payload()}}, path)
 
 
-DAMAGED = [
-    "truncated",
-    "overwritten in its middle",
-    "text",
-    "empty",
-    "of another program",
-    "pickled payload",
-    "payload in its settings",
-]
+_NO_SUM = "is damaged, or is no checkpoint of this package: the sum at its end is missing"
+DAMAGED = {
+    "truncated": _NO_SUM,
+    "overwritten in its middle": "is damaged: its contents and the sum at its end do not agree",
+    "text": _NO_SUM,
+    "empty": _NO_SUM,
+    "of another program": _NO_SUM,
+    "pickled payload": _NO_SUM,
+    "payload in its settings": "is not a checkpoint of this package (UnpicklingError)",
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_what_is_no_whole_checkpoint_is_refused_and_not_run(kind: str, work: Path, refused: Refused) -> None:
     write_damaged(kind, Path("damaged.ckpt"))
     message = refused("fit", *QUICK, "--ckpt_path", "damaged.ckpt")
-    assert "damaged.ckpt is not a checkpoint of this package, or is damaged" in message
+    assert f"damaged.ckpt {DAMAGED[kind]}" in message
     assert not (work / "the-payload-ran").exists()
 
 

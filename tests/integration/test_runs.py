@@ -126,7 +126,8 @@ class TestResume:
         LAST.write_bytes(LAST.read_bytes()[:1000])
         done = command(*FIT, "--trainer.max_epochs", "3", "--resume", "auto")
         assert (done.status, done.errors) == (0, [])
-        assert "last.ckpt is not a checkpoint of this package, or is damaged" in done.err
+        assert "last.ckpt is damaged, or is no checkpoint of this package" in done.err
+        assert "an older one is looked for" in done.err
         assert "goes on from runs/version_0/checkpoints/epoch=" in done.err
 
     def test_a_run_is_named_by_its_folder(self, stopped: Path, command: Command) -> None:
