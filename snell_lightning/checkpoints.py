@@ -19,13 +19,18 @@ _NAME = b"sha256:"
 _SEAL = len(_NAME) + hashlib.sha256().digest_size * 2
 
 
-def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path, previous: str | Path | None = None) -> None:
     """Write a checkpoint, in whose place another one stays until this one is whole.
+
+    Args:
+        checkpoint: What `torch.save` takes.
+        path: The file.
+        previous: Where a file that is there already goes; without it, it is replaced.
 
     Raises:
         OSError: It cannot be written.
     """
-    buffer = io.BytesIO()
+    path, buffer = Path(path), io.BytesIO()
     torch.save(checkpoint, buffer)
     # The archive ends with the length of its comment.
     buffer.seek(-2, io.SEEK_END)
@@ -33,6 +38,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     buffer.write(_NAME + hashlib.sha256(buffer.getvalue()).hexdigest().encode())
     with whole(path) as part:
         part.write_bytes(buffer.getbuffer())
+        if previous is not None and path.is_file():
+            path.replace(previous)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -114,8 +115,15 @@ def _is_about_the_run(record: logging.LogRecord) -> bool:
     return not any(text in message for text in ("💡", "to estimate number of stepping batches", "TPU available: False"))
 
 
+def _in_a_thread(error: threading.ExceptHookArgs) -> None:
+    """What TensorBoard's writer fails of, on a full disk for one, it raises in the main thread as well."""
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(error)
+
+
 def _quieten() -> None:
     """Switch off what is not about the run: advertisements, and advice that does not apply."""
+    threading.excepthook = _in_a_thread
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_about_the_run)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

@@ -193,8 +193,14 @@ class SnellCLI(LightningCLI):
 def _unwritable(error: OSError, run: Run) -> str:
     """What to say where the run cannot go on for want of a file, and what is left of it."""
     line = one_line(error) or str(error)
+    if run.folder is None:
+        return line
+    if not run.folder.is_dir():
+        return f"the run's folder {run.folder} is not there any more, and with it what the run has left"
+    if not error.filename:
+        line = f"{line}: {short(run.folder)}"
     left = sorted(run.checkpoints(), key=lambda path: path.stat().st_mtime)
-    if run.folder is None or not left:
+    if not left:
         return line
     return f"{line}; {short(left[-1])} is whole: once that is mended, go on with --resume {short(run.folder)}"
 

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import re
 import traceback
 
@@ -29,7 +30,8 @@ def one_line(error: BaseException) -> str | None:
             "same factor"
         )
     if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename}" if error.filename else " ".join(str(error).split())
+        reason = error.strerror or " ".join(str(error).split())
+        return f"{reason}: {os.fsdecode(error.filename)}" if error.filename else reason
     if isinstance(error, ConfigError) or type(error).__module__.startswith("jsonargparse"):
         return explain(str(error))
     if isinstance(error, ValueError) and str(error).startswith("Does not validate against"):

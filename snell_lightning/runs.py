@@ -27,6 +27,7 @@ except ImportError:  # Windows: there, a run that is going on cannot be told fro
 ADAPTER = "adapter.safetensors"
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _MARK = ".unfinished"
 _ROOT = "runs"
 # The first line of a config that a run saved.
@@ -186,7 +187,7 @@ def own_adapter(config: str) -> str | None:
     if not saved:
         return None
     if not adapter.is_file():
-        last = path.parent / CHECKPOINTS / "last.ckpt"
+        last = path.parent / CHECKPOINTS / LAST
         hint = f"--ckpt_path {last}" if last.is_file() else "--model.adapter_file FILE or --ckpt_path FILE"
         raise UserError(f"the run in {path.parent} has no {ADAPTER}; name what is to be used with {hint}")
     return str(adapter)

@@ -18,7 +18,7 @@ from snell_lightning.checkpoints import read_checkpoint, write_checkpoint
 from snell_lightning.data import ImageDataModule
 from snell_lightning.launch import work_together
 from snell_lightning.logger import RunLogger, RunMetrics
-from snell_lightning.runs import Run
+from snell_lightning.runs import LAST, PREVIOUS, Run
 
 
 class SnellTrainer(Trainer):
@@ -144,7 +144,8 @@ class _WholeCheckpoints(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            write_checkpoint(checkpoint, path)
+            previous = Path(path).with_name(PREVIOUS) if Path(path).name == LAST else None
+            write_checkpoint(checkpoint, path, previous)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None

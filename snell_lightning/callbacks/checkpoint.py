@@ -20,13 +20,15 @@ from snell_lightning.adapters.whole import whole
 from snell_lightning.callbacks.report import ClassReport
 from snell_lightning.callbacks.resuming import accumulates, go_on, of_all_processes
 from snell_lightning.module import ImageClassifier
-from snell_lightning.runs import ADAPTER, CHECKPOINTS, Run
+from snell_lightning.runs import ADAPTER, CHECKPOINTS, LAST, Run
 
 AUTO = "auto"
 
 
 class AdapterCheckpoint(ModelCheckpoint):
     """Save `last.ckpt` to resume from, and at each new best score `adapter.safetensors` and `epoch=N.ckpt`.
+
+    The `last.ckpt` before is kept as `previous.ckpt`, in case a disk spoils the last one.
 
     What is scored is what is saved: the adapter's tensors are those that were validated, taken when validation began,
     whatever they are before and after it (callbacks that average weights exchange them for the time of validation). The
@@ -211,7 +213,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         here = Path(self.dirpath).absolute()
         self._by_validation = bool(state_dict.get("by_validation", False))
         if self._continues and self._resumed_from.parent == here:
-            self.last_model_path = str(here / "last.ckpt")
+            self.last_model_path = str(here / LAST)
         if not state_dict["best_model_path"]:
             return
         recorded = Path(state_dict["best_model_path"])

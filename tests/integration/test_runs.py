@@ -128,7 +128,7 @@ class TestResume:
         assert (done.status, done.errors) == (0, [])
         assert "last.ckpt is damaged, or is no checkpoint of this package" in done.err
         assert "an older one is looked for" in done.err
-        assert "goes on from runs/version_0/checkpoints/epoch=" in done.err
+        assert "goes on from runs/version_0/checkpoints/previous.ckpt" in done.err
 
     def test_a_run_is_named_by_its_folder(self, stopped: Path, command: Command) -> None:
         assert command(*FIT, "--trainer.max_epochs", "3", "--resume", str(stopped)).status == 0
