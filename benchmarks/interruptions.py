@@ -115,14 +115,14 @@ def logged(folder: Path) -> list[dict[str, str]]:
     return [row for row in rows if any(text for key, text in row.items() if key not in ("step", "epoch"))]
 
 
-def interrupted(part: str, times: int, epochs: int, draw: random.Random, scratch: Path) -> dict[str, Any]:
+def interrupted(part: str, times: int, steps_in_all: int, draw: random.Random, scratch: Path) -> dict[str, Any]:
     """Interrupt the job so many times, and compare what it leaves each time, and at the end, with the undisturbed one.
 
     Raises:
         RuntimeError: A run failed, or ended before it was interrupted often enough.
     """
     stops = part == "stops"
-    common = ("--trainer.max_epochs", str(epochs), "--checkpoint.every_n_train_steps", "1" if stops else "5")
+    common = ("--trainer.max_steps", str(steps_in_all), "--checkpoint.every_n_train_steps", "1" if stops else "5")
     common += TWO if stops else ()
     whole, disturbed = scratch / f"{part}-whole", scratch / f"{part}-disturbed"
     whole.mkdir()
@@ -139,7 +139,7 @@ def interrupted(part: str, times: int, epochs: int, draw: random.Random, scratch
         else:
             time.sleep(draw.uniform(0, 2 * starting))
         if process.poll() is not None:
-            raise RuntimeError(f"the run ended before it was interrupted {times} times; give more --epochs")
+            raise RuntimeError(f"the run ended before it was interrupted {times} times; give more --steps")
         if stops:
             process.terminate()
             statuses.append(process.wait(300))
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--stops", type=int, default=10)
     parser.add_argument("--damages", type=int, default=10, help="of each kind")
-    parser.add_argument("--epochs", type=int, default=20, help="of the run that is killed; half of them of the other")
+    parser.add_argument("--steps", type=int, default=400, help="of a run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places")
     parser.add_argument("--dry", action="store_true", help="write no result")
     given = parser.parse_args()
@@ -228,8 +228,8 @@ def main() -> None:
             if part == "damage":
                 result[part] = damaged(given.damages, draw, scratch)
             else:
-                times, epochs = (given.stops, given.epochs // 2) if part == "stops" else (given.kills, given.epochs)
-                result[part] = interrupted(part, times, epochs, draw, scratch)
+                times = given.stops if part == "stops" else given.kills
+                result[part] = interrupted(part, times, given.steps, draw, scratch)
             print(part, result[part], flush=True)
     if not given.dry:
         write_result(RESULTS / "interruptions.json", {**result, "environment": environment(torch.device("cpu"))})

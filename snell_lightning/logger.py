@@ -75,6 +75,16 @@ class RunLogger(TensorBoardLogger):
         """Write to a run's folder."""
         self._root_dir, self._name, self._version = str(folder.parent), "", folder.name
 
+    def hide_from(self, step: int) -> None:
+        """Have TensorBoard leave out what was logged from this step on: it is logged again."""
+        if self._kwargs.get("purge_step") is None:
+            self._kwargs["purge_step"] = step
+
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """What has led to a checkpoint is written down before it is needed: the run may be killed."""
+        self.experiment.flush()
+
     def _get_next_version(self) -> int:
         """In a trainer that knows no runs: the next free number, taken by making the folder."""
         # Other processes of this run are told the folder's name by the first.

@@ -18,7 +18,8 @@ from torch import Tensor
 from snell_lightning.adapters import UserError, adapter_state_dict, save_adapter
 from snell_lightning.adapters.whole import whole
 from snell_lightning.callbacks.report import ClassReport
-from snell_lightning.callbacks.resuming import accumulates, go_on, of_all_processes
+from snell_lightning.callbacks.resuming import go_on, of_all_processes
+from snell_lightning.logger import RunLogger
 from snell_lightning.module import ImageClassifier
 from snell_lightning.runs import ADAPTER, CHECKPOINTS, LAST, Run
 
@@ -48,8 +49,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         dirpath: Folder of the checkpoints; by default `checkpoints` in the run's folder.
         save_top_k: How many checkpoints of the best to keep.
         every_n_epochs: Save `last.ckpt` after every so many epochs.
-        every_n_train_steps: Save `last.ckpt` after every so many optimizer steps besides; where a validation follows,
-            after that.
+        every_n_train_steps: Save `last.ckpt` after every so many optimizer steps besides.
     """
 
     def __init__(
@@ -83,8 +83,6 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._by_validation = False
         self._last_step = 0
         self._every_n_steps = every_n_train_steps
-        # Whether a checkpoint is due that has to wait for a validation, or for the end of the epoch.
-        self._due = False
         self._strategy: Strategy | None = None
         self._resumed_from = Path()
         self._continues = False
@@ -108,6 +106,13 @@ class AdapterCheckpoint(ModelCheckpoint):
             if run is not None and trainer.is_global_zero:
                 run.note(str(self.dirpath))
             self._continues = run is not None and run.continues
+            if self._every_n_steps is not None:
+                self._save_between_batches(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the trainer's loop as it was."""
+        super().teardown(trainer, pl_module, stage)
+        vars(trainer.fit_loop.epoch_loop).pop("on_advance_end", None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where a resumed run was stopped, and write its adapter so far."""
@@ -139,24 +144,11 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._by_validation = True
             self._select(trainer, pl_module)
         self._scored = None
-        if self._due and not _at_epochs_end(trainer):
-            self._save_last(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Number the steps of a resumed run's log as if it had not been stopped."""
         if pl_module.automatic_optimization:
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save `last.ckpt` after so many steps, but for validation and the end of the epoch, which come first."""
-        if not self._saves(trainer) or self._every_n_steps is None:
-            return
-        step = trainer.global_step
-        self._due |= step != self._last_step and step % self._every_n_steps == 0 and not accumulates(trainer)
-        if self._due and not _at_epochs_end(trainer) and not _validates_next(trainer):
-            self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save `last.ckpt`; where training itself gives the score, what it has led to may be the best so far."""
@@ -164,7 +156,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             return
         if not self._by_validation and (self.monitor is None or self.monitor in trainer.callback_metrics):
             self._select(trainer, pl_module)
-        if self._due or (trainer.current_epoch + 1) % max(1, self._every_n_epochs) == 0:
+        if (trainer.current_epoch + 1) % max(1, self._every_n_epochs) == 0:
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,6 +187,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._resumed = checkpoint.get("processes")
         self._strategy, self._resumed_from = trainer.strategy, Path(trainer.ckpt_path or "").absolute()
         self._last_step = checkpoint["global_step"]
+        for logger in trainer.loggers:
+            if self._continues and isinstance(logger, RunLogger):
+                logger.hide_from(self._last_step)
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether this score is among the best. Where one is kept, it is the later of equals, which trained longer."""
@@ -270,7 +265,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _save_last(self, trainer: Trainer) -> None:
         self._require_folder(trainer)
         if not self.adapter_only:
-            self._last_step, self._due = trainer.global_step, False
+            self._last_step = trainer.global_step
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _require_folder(self, trainer: Trainer) -> None:
@@ -278,6 +273,24 @@ class AdapterCheckpoint(ModelCheckpoint):
         run: Run | None = getattr(trainer, "run", None)
         if run is not None and run.folder is not None and not run.folder.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the run's folder is not there any more", str(run.folder))
+
+    def _save_between_batches(self, trainer: Trainer) -> None:
+        """Have `last.ckpt` saved after so many steps, when all that follows a batch is done: logging and validation.
+
+        There is no hook at that moment: `on_train_batch_end` comes before a step's values are logged, and what is
+        logged after a checkpoint is lost if the run is killed there.
+        """
+        loop, every = trainer.fit_loop.epoch_loop, self._every_n_steps
+        assert every is not None
+        advance_end = type(loop).on_advance_end
+
+        def on_advance_end(fetcher: Any) -> None:
+            advance_end(loop, fetcher)
+            step = trainer.global_step
+            if self._saves(trainer) and not _at_epochs_end(trainer) and step != self._last_step and step % every == 0:
+                self._save_last(trainer)
+
+        vars(loop)["on_advance_end"] = on_advance_end
 
     def _validate(self, trainer: Trainer) -> None:
         """Score the model as it is, as lightning's loop does between two steps."""
@@ -336,10 +349,3 @@ def _trained_tensors(module: LightningModule) -> dict[str, Tensor]:
 
 def _at_epochs_end(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-
-
-def _validates_next(trainer: Trainer) -> bool:
-    """Whether a validation follows the batch that ends."""
-    fetcher = trainer.fit_loop._data_fetcher
-    assert fetcher is not None
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)

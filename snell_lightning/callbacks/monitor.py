@@ -66,6 +66,10 @@ class SnellMonitor(Callback):
                 "memory: on the CPU, memory/allocated_mib and memory/peak_mib are the process's resident set"
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has logged the step that it goes on from."""
+        self._logged_step = trainer.global_step
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave what lay between the epochs out of the throughput."""
         self._restart_clock()
