@@ -1,103 +1,141 @@
-"""A run that is killed and resumed ends where an uninterrupted one ends, bit for bit."""
+"""A run that is stopped and resumed, whenever that is, ends where an uninterrupted one ends, bit for bit."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
+import csv
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from snell_lightning.callbacks import AdapterCheckpoint
+from snell_lightning.checkpoints import read_checkpoint
+from snell_lightning.data.dataset import ImageDataset
+
 from .conftest import QUICK, Command
 
 # Everything that draws random numbers is on: shuffling, augmentation, mixing, dropout and drop path of the update.
-COMMON = [
-    "fit", "--config", "vit.yaml", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "3",
-    "--trainer.limit_train_batches", "5", "--trainer.limit_val_batches", "2", "--data.batch_size", "8",
-    "--model.mixup", "0.2", "--model.cutmix", "1.0",
-    "--model.adapter.dropout", "0.1", "--model.adapter.drop_path", "0.1",
-    "--trainer.enable_model_summary", "false", "--trainer.enable_progress_bar", "false",
-]  # fmt: skip
+FIT = (
+    "fit", *QUICK, "--trainer.limit_train_batches", "7", "--model.mixup", "0.2", "--model.cutmix", "1.0",
+    "--model.adapter.dropout", "0.1", "--model.adapter.drop_path", "0.1", "--checkpoint.save_top_k", "-1",
+)  # fmt: skip
+LAST = "checkpoints/last.ckpt"
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "snell_lightning",
-        *COMMON,
-        "--trainer.logger.save_dir",
-        str(folder),
-        *options,
-    ]
-    return subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a copy of each `last.ckpt` that is written."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    save = AdapterCheckpoint._save_last
+
+    def save_last(self: AdapterCheckpoint, trainer: Any) -> None:
+        save(self, trainer)
+        shutil.copyfile(self.last_model_path, folder / f"step={trainer.global_step}.ckpt")
+
+    monkeypatch.setattr(AdapterCheckpoint, "_save_last", save_last)
+    return folder
 
 
-def finish(process: subprocess.Popen) -> None:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+def contents(run: Path) -> dict[str, Any]:
+    """What a run has come to: all of its last checkpoint but what names files."""
+    saved = read_checkpoint(run / LAST)
+    return {key: value for key, value in saved.items() if key not in ("callbacks", "hparams_name")}
 
 
-def last(folder: Path, version: int = 0) -> Path:
-    return folder / f"version_{version}" / "checkpoints" / "last.ckpt"
+def assert_equal(one: Any, other: Any, place: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key, value in one.items():
+            assert_equal(value, other[key], f"{place}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), place
+        for number, value in enumerate(one):
+            assert_equal(value, other[number], f"{place}[{number}]")
+    else:
+        assert one == other, place
 
 
-@pytest.mark.parametrize(("workers", "own_folder"), [("0", False), ("2", True)])
-def test_killed_after_an_epoch_and_resumed_the_parameters_are_those_of_the_uninterrupted_run(
-    tmp_path: Path, workers: str, own_folder: bool
+def logged(run: Path) -> list[dict[str, str]]:
+    """The rows that a run has logged, but for times and memory, and what is empty."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [
+            {k: v for k, v in row.items() if v and not k.startswith(("memory/", "throughput/"))}
+            for row in csv.DictReader(file)
+        ]
+    return [row for row in rows if row.keys() - {"step", "epoch"}]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--checkpoint.every_n_train_steps", "3"),
+        # Saved while gradients wait for more, and by a validation in the middle of an epoch.
+        ("--trainer.accumulate_grad_batches", "3", "--trainer.val_check_interval", "4"),
+        ("--checkpoint.every_n_train_steps", "5", "--data.num_workers", "2"),
+    ],
+)
+def test_every_checkpoint_leads_to_the_same_end(options: tuple[str, ...], kept: Path, command: Command) -> None:
+    assert command(*FIT, *options).status == 0
+    whole = Path("runs/version_0")
+    expected, rows = contents(whole), logged(whole)
+    saved = [*kept.iterdir(), *(whole / "checkpoints").glob("epoch=*.ckpt")]
+    within = [path for path in saved if read_checkpoint(path)["global_step"] < expected["global_step"]]
+    assert len(within) >= 2
+    for number, path in enumerate(within, 1):
+        resumed = Path(f"runs/version_{number}")
+        # Workers or none: what is drawn for an image is the same.
+        assert command(*FIT, *options, "--ckpt_path", str(path), "--data.num_workers", "0").status == 0
+        assert_equal(expected, contents(resumed), path.name)
+        assert logged(resumed) == rows[-len(logged(resumed)) :], path.name
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the training images that are opened, in order."""
+    numbers: list[int] = []
+    get = ImageDataset.__getitem__
+
+    def noted(self: ImageDataset, number: int) -> Any:
+        if self.split == "train":
+            numbers.append(number)
+        return get(self, number)
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", noted)
+    return numbers
+
+
+@pytest.mark.parametrize("batch", ["4", "16", "24"])
+def test_with_steps_of_another_size_it_goes_on_at_the_same_image(
+    batch: str, kept: Path, command: Command, opened: list[int]
 ) -> None:
-    options = ("--data.num_workers", workers)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(whole, *options))
-
-    process = start(killed, *options)
-    deadline = time.monotonic() + 120
-    while not last(killed).is_file() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    stopped = torch.load(last(killed), weights_only=True)
-    assert stopped["global_step"] < 15
-
-    # The workers of the killed process may live for a moment yet.
-    finish(start(killed, *options, *(("--resume", "auto") if own_folder else ("--ckpt_path", str(last(killed))))))
-    end = last(killed, version=0 if own_folder else 1)
-    expected, resumed = (torch.load(path, weights_only=True) for path in (last(whole), end))
-    assert resumed["global_step"] == expected["global_step"] == 15
-    assert resumed["state_dict"].keys() == expected["state_dict"].keys()
-    for name, tensor in expected["state_dict"].items():
-        assert torch.equal(resumed["state_dict"][name], tensor), name
-    moments, other = (each["optimizer_states"][0]["state"] for each in (expected, resumed))
-    for index, state in moments.items():
-        assert torch.equal(state["exp_avg_sq"], other[index]["exp_avg_sq"]), index
+    whole = ("fit", *QUICK, "--trainer.limit_train_batches", "1.0", "--data.val_fraction", "0.7")
+    assert command(*whole, "--checkpoint.every_n_train_steps", "2").status == 0
+    expected = opened.copy()
+    images = len(expected) // 2
+    assert sorted(expected) == list(range(2 * images))
+    opened.clear()
+    assert command(*whole, "--data.batch_size", batch, "--ckpt_path", str(kept / "step=4.ckpt")).status == 0
+    # Every image once in each epoch, and those of the first four steps not again.
+    assert opened == expected[4 * 8 :]
 
 
-def test_explicit_values_beat_those_of_the_checkpoint(tmp_path: Path) -> None:
-    finish(start(tmp_path / "run", "--trainer.max_epochs", "1", "--model.optimizer.weight_decay", "0.03"))
-    changed = ["--model.optimizer.lr", "2e-4", "--model.optimizer.weight_decay", "0.2", "--model.mixup", "0"]
-    finish(
-        start(
-            tmp_path / "run",
-            "--trainer.max_epochs",
-            "2",
-            *changed,
-            "--ckpt_path",
-            str(last(tmp_path / "run")),
-        )
-    )
-
-    resumed = torch.load(last(tmp_path / "run", version=1), weights_only=True)
+def test_explicit_values_beat_those_of_the_checkpoint(work: Path, command: Command) -> None:
+    last = "runs/version_0/checkpoints/last.ckpt"
+    changed = ("--model.optimizer.lr", "2e-4", "--model.optimizer.weight_decay", "0.2", "--model.label_smoothing", "0")
+    assert command("fit", *QUICK, "--trainer.max_epochs", "3", *changed, "--ckpt_path", last).status == 0
+    before, resumed = read_checkpoint(last), read_checkpoint("runs/version_1/checkpoints/last.ckpt")
     group = resumed["optimizer_states"][0]["param_groups"][1]
     assert group["initial_lr"] == 2e-4
     assert group["lr"] < 2e-4
     assert group["weight_decay"] == 0.2
-    assert resumed["hyper_parameters"]["mixup"] == 0
+    assert resumed["hyper_parameters"]["label_smoothing"] == 0
     # What is not given again is the checkpoint's.
-    assert resumed["hyper_parameters"]["cutmix"] == 1.0
-    assert resumed["global_step"] == 10
+    assert resumed["hyper_parameters"]["adapter"] == before["hyper_parameters"]["adapter"]
+    assert resumed["global_step"] == before["global_step"] + 2
 
 
 def test_steps_of_another_size_are_told_of(work: Path, command: Command, caplog: pytest.LogCaptureFixture) -> None:
