@@ -182,7 +182,7 @@ def damaged(times: int, draw: random.Random, scratch: Path) -> dict[str, Any]:
     """Cut off and alter the newest checkpoint of an unfinished run, and see which one `--resume auto` takes."""
     folder = scratch / "damage"
     folder.mkdir()
-    finish(folder, "--trainer.max_epochs", "1", "--checkpoint.every_n_train_steps", "5")
+    finish(folder, "--trainer.max_steps", "20", "--checkpoint.every_n_train_steps", "5")
     (folder / "runs/version_0/.unfinished").write_text("{}")
     last, good = folder / LAST, (folder / LAST).read_bytes()
     counts = {"truncated": 0, "flipped": 0}

@@ -99,7 +99,8 @@ def main() -> None:
     half, result = len(taken) // 2, {}
     for name in taken[0]:
         values = np.array([each[name] for each in taken])
-        slope = float(np.polyfit(np.arange(len(values) - half), values[half:], 1)[0])
+        # Not -0.0 either.
+        slope = round(float(np.polyfit(np.arange(len(values) - half), values[half:], 1)[0]), 4) + 0.0
         result[name] = {"first": values[0], "halfway": values[half], "last": values[-1], "slope_per_fit": slope}
         table.add_row(name, f"{values[0]:,.1f}", f"{values[-1]:,.1f}", f"{slope:+.4f}")
     Console().print(table)

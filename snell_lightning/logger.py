@@ -2,7 +2,6 @@
 
 import csv
 from argparse import Namespace
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +74,13 @@ class RunLogger(TensorBoardLogger):
         """Write to a run's folder."""
         self._root_dir, self._name, self._version = str(folder.parent), "", folder.name
 
-    def hide_from(self, step: int) -> None:
+    @rank_zero_only
+    def go_on_from(self, step: int) -> None:
         """Have TensorBoard leave out what was logged from this step on: it is logged again."""
-        if self._kwargs.get("purge_step") is None:
-            self._kwargs["purge_step"] = step
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        writer = self.experiment._get_file_writer()
+        writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
@@ -118,6 +120,13 @@ class RunMetrics(CSVLogger):
         super().__init__("", "", "")
         self._folder = ""
 
+    @rank_zero_only
+    def go_on_from(self, step: int) -> None:
+        """Drop what was logged from this step on: it is logged again."""
+        rows = self.experiment
+        assert isinstance(rows, _Rows)
+        rows.keep_before(step)
+
     def write_to(self, folder: Path) -> None:
         """Write to a run's folder."""
         self._folder = str(folder)
@@ -155,18 +164,8 @@ class RunMetrics(CSVLogger):
 class _Rows(_ExperimentWriter):
     """Lightning's writer, which would delete a file that it finds."""
 
-    def __init__(self, log_dir: str) -> None:
-        super().__init__(log_dir)
-        self._started = False
-
     def _check_log_dir_exists(self) -> None:
         pass
-
-    def log_metrics(self, metrics_dict: Mapping[str, float], step: int | None = None) -> None:
-        if not self._started:
-            self._started = True
-            self._keep_before(0 if step is None else step, metrics_dict)
-        super().log_metrics(dict(metrics_dict), step)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with Path(self.metrics_file_path).open(newline="", encoding="utf-8") as file:
@@ -178,16 +177,11 @@ class _Rows(_ExperimentWriter):
             writer.writeheader()
             writer.writerows(rows)
 
-    def _keep_before(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Drop the rows that the continued run logs again: of the first step those of the same metrics."""
-        path = Path(self.metrics_file_path)
-        if not path.is_file():
+    def keep_before(self, step: int) -> None:
+        """Drop the rows from this step on, and what a run that was killed while it wrote has left of a line."""
+        if not (path := Path(self.metrics_file_path)).is_file():
             return
         written = path.read_text(encoding="utf-8")
-        # A run that was killed while it wrote has left a part of a line.
         reader = csv.DictReader(written[: written.rfind("\n") + 1].splitlines())
-        names = metrics.keys() - {"epoch", "step"}
-        kept = [row for row in reader if int(row["step"]) <= step]
-        rows = [row for row in kept if int(row["step"]) < step or not any(row.get(name) for name in names)]
         self.metrics_keys = list(reader.fieldnames or ())
-        self._rewrite(rows)
+        self._rewrite([row for row in reader if int(row["step"]) < step])

@@ -19,7 +19,7 @@ from snell_lightning.adapters import UserError, adapter_state_dict, save_adapter
 from snell_lightning.adapters.whole import whole
 from snell_lightning.callbacks.report import ClassReport
 from snell_lightning.callbacks.resuming import go_on, of_all_processes
-from snell_lightning.logger import RunLogger
+from snell_lightning.logger import RunLogger, RunMetrics
 from snell_lightning.module import ImageClassifier
 from snell_lightning.runs import ADAPTER, CHECKPOINTS, LAST, Run
 
@@ -188,8 +188,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._strategy, self._resumed_from = trainer.strategy, Path(trainer.ckpt_path or "").absolute()
         self._last_step = checkpoint["global_step"]
         for logger in trainer.loggers:
-            if self._continues and isinstance(logger, RunLogger):
-                logger.hide_from(self._last_step)
+            if self._continues and isinstance(logger, (RunLogger, RunMetrics)):
+                logger.go_on_from(self._last_step)
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether this score is among the best. Where one is kept, it is the later of equals, which trained longer."""

@@ -18,14 +18,11 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def test_nothing_is_lost_where_a_run_is_killed_or_its_checkpoints_are_damaged() -> None:
-    printed = run(
-        "benchmarks.interruptions", "--parts", "kills,damage", "--kills", "1", "--damages", "3", "--steps", "24"
-    )
+def test_nothing_is_lost_where_a_run_is_killed() -> None:
+    printed = run("benchmarks.interruptions", "--parts", "kills", "--kills", "1", "--steps", "20")
     assert "kills 1: step" in printed
     assert "'exact': 1, 'end_differs_in': []" in printed
     assert "'logged_otherwise': []" in printed
-    assert "'truncated': 3, 'flipped': 3" in printed
 
 
 def test_a_process_that_trains_again_has_no_more_threads_handles_or_files() -> None:

@@ -117,6 +117,20 @@ class TestResume:
         assert [int(row["step"]) for row in logged] == list(range(6))
         assert len(rows) < len((stopped / "metrics.csv").read_text().splitlines())
 
+    def test_what_is_logged_again_is_there_once(self, stopped: Path, command: Command) -> None:
+        # The second epoch is done again, and a line was not finished.
+        LAST.unlink()
+        for path in (stopped / "checkpoints").glob("epoch=1.ckpt"):
+            path.unlink()
+        with (stopped / "metrics.csv").open("a") as file:
+            file.write("0,1")
+        assert command(*FIT, "--trainer.max_epochs", "3", "--resume", "auto").errors == []
+        with (stopped / "metrics.csv").open(newline="") as file:
+            logged = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+        assert logged == list(range(6))
+        curves = EventAccumulator(str(stopped)).Reload()
+        assert [event.step for event in curves.Scalars("train/loss")] == list(range(6))
+
     def test_auto_starts_afresh_where_all_runs_finished(self, work: Path, command: Command) -> None:
         done = command(*FIT, "--resume=auto")
         assert "resume: no run in runs is unfinished and has a whole checkpoint; a fresh start" in done.err
