@@ -1,6 +1,7 @@
 """Run folders: nobody gets another one's."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from snell_lightning import UserError
 from snell_lightning.logger import RunLogger
 from snell_lightning.runs import Run, claim, continuable, own_adapter, root_of, unfinished
+from snell_lightning.trainer import SnellTrainer
 
 
 def test_b2_folders_claimed_at_once_are_all_different(tmp_path: Path) -> None:
@@ -145,3 +147,14 @@ def test_a2_a_config_stands_for_a_run_if_a_run_saved_it(tmp_path: Path) -> None:
     config.write_text("# lightning.pytorch==2.6.6\nmodel: {}\n")
     with pytest.raises(UserError, match=r"has no adapter.safetensors; name what .* with --model.adapter_file"):
         own_adapter(str(config))
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    trainer = SnellTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.prepare(Run(tmp_path, "run"))
+    signals = trainer._signal_connector
+    signals._stop(signal.SIGTERM, None)
+    assert trainer.received_sigterm
+    assert trainer.stopped_by == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt):
+        signals._stop(signal.SIGINT, None)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from snell_lightning.adapters.errors import UserError
+from snell_lightning.adapters.whole import whole
 from snell_lightning.inference.tables import Columns, Row, Table
 from snell_lightning.runs import lock
 
@@ -138,9 +139,8 @@ class Parts:
     def write(self, part: int, rows: Sequence[Row]) -> None:
         """Write a part."""
         path = self.folder / f"{part:06}-{sum(bool(row.error) for row in rows)}{self.output.suffix}"
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        self.table.write(unfinished, self.columns, rows)
-        os.replace(unfinished, path)
+        with whole(path) as unfinished:
+            self.table.write(unfinished, self.columns, rows)
 
     def join(self) -> None:
         """Put all parts at the output's end, in order, and drop them.
@@ -186,6 +186,5 @@ def _short(value: Any) -> str:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

@@ -16,7 +16,6 @@ import torch
 
 from snell_lightning import load_classifier
 from snell_lightning.cli import main
-from snell_lightning.inference import parts as parts_module
 from snell_lightning.inference import predicting
 
 from .conftest import IMAGES, save, tuned
@@ -256,7 +255,7 @@ sys.stdin.read()
 def _stop_after(
     monkeypatch: pytest.MonkeyPatch, module: object, name: str, at: int, arguments: tuple[object, ...]
 ) -> bool:
-    """Run the command line until a function has been called `at` times by the parts; whether it came to that."""
+    """Run the command line until a function has been called `at` times; whether it came to that."""
     own = getattr(module, name)
     calls = iter(range(at + 1))
 
@@ -267,20 +266,10 @@ def _stop_after(
         return result
 
     with monkeypatch.context() as patched:
-        patched.setattr(parts_module, module.__name__, _with(module, name, stop))
+        patched.setattr(module, name, stop)
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
     return ended.value.code == 130
-
-
-def _with(module: object, name: str, function: object) -> object:
-    """A module with another function in it."""
-
-    class Changed:
-        def __getattr__(self, asked: str) -> object:
-            return function if asked == name else getattr(module, asked)
-
-    return Changed()
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
