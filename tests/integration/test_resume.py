@@ -72,10 +72,9 @@ def logged(run: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--checkpoint.every_n_train_steps", "3"),
+        ("--checkpoint.every_n_train_steps", "3", "--data.num_workers", "2"),
         # Saved while gradients wait for more, and by a validation in the middle of an epoch.
         ("--trainer.accumulate_grad_batches", "3", "--trainer.val_check_interval", "4"),
-        ("--checkpoint.every_n_train_steps", "5", "--data.num_workers", "2"),
     ],
 )
 def test_every_checkpoint_leads_to_the_same_end(options: tuple[str, ...], kept: Path, command: Command) -> None:
