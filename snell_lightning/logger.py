@@ -2,6 +2,7 @@
 
 import csv
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,17 @@ class RunMetrics(CSVLogger):
         super().__init__("", "", "")
         self._folder = ""
 
+    @property
+    def rows(self) -> int:
+        """How many rows have been logged; in processes that write none, 0."""
+        return self.experiment.rows if isinstance(self.experiment, _Rows) else 0
+
     @rank_zero_only
-    def go_on_from(self, step: int) -> None:
-        """Drop what was logged from this step on: it is logged again."""
-        rows = self.experiment
-        assert isinstance(rows, _Rows)
-        rows.keep_before(step)
+    def go_on_after(self, rows: int) -> None:
+        """Drop what was logged after so many rows: it is logged again."""
+        writer = self.experiment
+        assert isinstance(writer, _Rows)
+        writer.keep(rows)
 
     def write_to(self, folder: Path) -> None:
         """Write to a run's folder."""
@@ -164,8 +170,16 @@ class RunMetrics(CSVLogger):
 class _Rows(_ExperimentWriter):
     """Lightning's writer, which would delete a file that it finds."""
 
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.rows = 0
+
     def _check_log_dir_exists(self) -> None:
         pass
+
+    def log_metrics(self, metrics_dict: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics(dict(metrics_dict), step)
+        self.rows += 1
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with Path(self.metrics_file_path).open(newline="", encoding="utf-8") as file:
@@ -177,11 +191,13 @@ class _Rows(_ExperimentWriter):
             writer.writeheader()
             writer.writerows(rows)
 
-    def keep_before(self, step: int) -> None:
-        """Drop the rows from this step on, and what a run that was killed while it wrote has left of a line."""
+    def keep(self, rows: int) -> None:
+        """Keep so many rows, and nothing of a line that a run which was killed has left unfinished."""
         if not (path := Path(self.metrics_file_path)).is_file():
             return
         written = path.read_text(encoding="utf-8")
         reader = csv.DictReader(written[: written.rfind("\n") + 1].splitlines())
         self.metrics_keys = list(reader.fieldnames or ())
-        self._rewrite([row for row in reader if int(row["step"]) < step])
+        kept = list(reader)[:rows]
+        self.rows = len(kept)
+        self._rewrite(kept)

@@ -179,17 +179,21 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add what each process has of its own."""
+        """Add what each process has of its own, and how much has been logged."""
         checkpoint["processes"] = of_all_processes(trainer, pl_module)
+        checkpoint["logged_rows"] = sum(each.rows for each in trainer.loggers if isinstance(each, RunMetrics))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what each process has of its own until training starts."""
         self._resumed = checkpoint.get("processes")
         self._strategy, self._resumed_from = trainer.strategy, Path(trainer.ckpt_path or "").absolute()
         self._last_step = checkpoint["global_step"]
-        for logger in trainer.loggers:
-            if self._continues and isinstance(logger, (RunLogger, RunMetrics)):
-                logger.go_on_from(self._last_step)
+        for logger in trainer.loggers if self._continues else ():
+            if isinstance(logger, RunLogger):
+                # While gradients wait, a validation has been logged at the step that is not made yet.
+                logger.go_on_from(self._last_step + any(each["gradients"] for each in self._resumed or ()))
+            elif isinstance(logger, RunMetrics):
+                logger.go_on_after(checkpoint.get("logged_rows", 0))
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether this score is among the best. Where one is kept, it is the later of equals, which trained longer."""

@@ -36,6 +36,7 @@ def go_on(trainer: Trainer, module: LightningModule, processes: list[dict[str, A
         module: What it trains.
         processes: What `of_all_processes` said.
     """
+    _leave_ended_epoch(trainer)
     _go_to_place_in_epoch(trainer)
     same = len(processes) == trainer.world_size
     if same:
@@ -54,6 +55,23 @@ def go_on(trainer: Trainer, module: LightningModule, processes: list[dict[str, A
 def accumulates(trainer: Trainer) -> bool:
     """Whether gradients wait for those of more batches before a step is made."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def _leave_ended_epoch(trainer: Trainer) -> None:
+    """Begin the next epoch where one has ended, as a run does that is not interrupted.
+
+    Lightning does, where there is a number of epochs; where there is one of steps, it goes back into the epoch that has
+    ended, and makes a step in it unless a validation has been its last act.
+    """
+    loop = trainer.fit_loop
+    epochs: list[Any] = [loop.epoch_progress.current, loop.epoch_progress.total]
+    if epochs[0].processed != epochs[0].started:
+        return
+    for each in epochs:
+        each.completed = each.processed
+    for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        part._restarting = False
+        part.reset_restart_stage()
 
 
 def _go_to_place_in_epoch(trainer: Trainer) -> None:

@@ -2,11 +2,14 @@
 
 import csv
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from snell_lightning.callbacks import AdapterCheckpoint
 from snell_lightning.checkpoints import read_checkpoint
@@ -19,6 +22,7 @@ FIT = (
     "fit", *QUICK, "--trainer.limit_train_batches", "7", "--model.mixup", "0.2", "--model.cutmix", "1.0",
     "--model.adapter.dropout", "0.1", "--model.adapter.drop_path", "0.1", "--checkpoint.save_top_k", "-1",
 )  # fmt: skip
+WAITING = ("--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "3")
 LAST = "checkpoints/last.ckpt"
 
 
@@ -41,7 +45,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def contents(run: Path) -> dict[str, Any]:
     """What a run has come to: all of its last checkpoint but what names files."""
     saved = read_checkpoint(run / LAST)
-    return {key: value for key, value in saved.items() if key not in ("callbacks", "hparams_name")}
+    return {key: value for key, value in saved.items() if key not in ("callbacks", "hparams_name", "logged_rows")}
 
 
 def assert_equal(one: Any, other: Any, place: str = "") -> None:
@@ -73,8 +77,8 @@ def logged(run: Path) -> list[dict[str, str]]:
     "options",
     [
         ("--checkpoint.every_n_train_steps", "3", "--data.num_workers", "2"),
-        # Saved while gradients wait for more, and by a validation in the middle of an epoch.
-        ("--trainer.accumulate_grad_batches", "3", "--trainer.val_check_interval", "4"),
+        # Saved while gradients wait for more, and by validations in the middle of an epoch, at whose end there is none.
+        (*WAITING, "--trainer.max_epochs", "-1", "--trainer.max_steps", "8"),
     ],
 )
 def test_every_checkpoint_leads_to_the_same_end(options: tuple[str, ...], kept: Path, command: Command) -> None:
@@ -90,6 +94,34 @@ def test_every_checkpoint_leads_to_the_same_end(options: tuple[str, ...], kept: 
         assert command(*FIT, *options, "--ckpt_path", str(path), "--data.num_workers", "0").status == 0
         assert_equal(expected, contents(resumed), path.name)
         assert logged(resumed) == rows[-len(logged(resumed)) :], path.name
+
+
+@pytest.mark.parametrize(("batches", "alone"), [(3, True), (7, True), (3, False), (7, False)])
+def test_stopped_by_a_signal_it_ends_there_too(
+    batches: int, alone: bool, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Gradients wait after 3 batches, an epoch ends after 7.
+    monkeypatch.chdir(tmp_path)
+    fit = (*FIT, *WAITING, "--checkpoint.every_n_epochs", "9", "--trainer.logger.save_dir")
+    assert command(*fit, "whole").status == 0
+    advance, trained = _TrainingEpochLoop.advance, [0]
+
+    def stopped(self: _TrainingEpochLoop, fetcher: Any) -> None:
+        if trained[0] == batches:
+            self.trainer._signal_connector._stop(signal.SIGTERM, None)
+            if not alone:
+                # Several processes agree to stop when a batch is about to begin, which may be that of a new epoch.
+                raise SIGTERMException
+        trained[0] += 1
+        advance(self, fetcher)
+
+    monkeypatch.setattr(_TrainingEpochLoop, "advance", stopped)
+    assert command(*fit, "runs").status == 143
+    monkeypatch.setattr(_TrainingEpochLoop, "advance", advance)
+    assert command(*fit, "runs", "--resume", "auto").status == 0
+    whole, resumed = Path("whole/version_0"), Path("runs/version_0")
+    assert_equal(contents(whole), contents(resumed))
+    assert logged(resumed) == logged(whole)
 
 
 @pytest.fixture
