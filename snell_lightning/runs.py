@@ -29,6 +29,7 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _MARK = ".unfinished"
+_MARK_SIZE = 4096
 _ROOT = "runs"
 # The first line of a config that a run saved.
 _SAVED = "# lightning.pytorch=="
@@ -100,7 +101,8 @@ class Run:
             self.folder = claim(self.root, self.name)
         if can_be_continued:
             # Not truncated before it is locked, and opened once: to close a second handle would release the lock.
-            self._mark = (self.folder / _MARK).open("a+", encoding="utf-8")
+            (self.folder / _MARK).touch()
+            self._mark = (self.folder / _MARK).open("r+", encoding="utf-8")
             if not lock(self._mark):
                 raise UserError(f"the run in {self.folder} is going on already")
             for each in (self.folder, self.folder / CHECKPOINTS):
@@ -112,9 +114,10 @@ class Run:
         """Write into the mark in which folder the run's checkpoints are."""
         self._noted = str(Path(checkpoints).absolute())
         if self._mark is not None:
-            self._mark.truncate(0)
-            json.dump({**self.facts, "checkpoints": self._noted}, self._mark)
-            self._mark.flush()
+            # Over what is there, and of its size: a process that is killed here leaves the one or the other.
+            self._mark.seek(0)
+            self._mark.write(json.dumps({**self.facts, "checkpoints": self._noted}).ljust(_MARK_SIZE))
+            self._mark.truncate()
 
     def checkpoints(self) -> set[Path]:
         """What the run can be continued from."""

@@ -123,9 +123,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         assert self.adapter_path is not None
         if self.best_model_path and trainer.is_global_zero and not self.adapter_path.is_file():
             # Of the resumed run the adapter lies elsewhere, if it is there still; its best checkpoint has the tensors.
-            saved = trainer.strategy.checkpoint_io.load_checkpoint(self.best_model_path, weights_only=True)[
-                "state_dict"
-            ]
+            files = trainer.strategy.checkpoint_io
+            saved = files.load_checkpoint(self.best_model_path, weights_only=True)["state_dict"]
             self._export(trainer, pl_module, {key.removeprefix("model."): value for key, value in saved.items()})
 
     def on_validation_batch_start(
