@@ -9,6 +9,7 @@ The folder is the run's whatever its loggers are. A process that trains holds a 
 releases when the process ends, however it ends; a run that finished takes its mark away.
 """
 
+import contextlib
 import errno
 import json
 from collections.abc import Callable, Mapping
@@ -130,8 +131,11 @@ class Run:
         self.release()
 
     def release(self) -> None:
-        """The run is over, finished or not."""
+        """The run is over, finished or not; one that has left no checkpoint cannot be continued."""
         if self._mark is not None:
+            if not self.checkpoints():
+                with contextlib.suppress(OSError):
+                    Path(self._mark.name).unlink(missing_ok=True)
             self._mark.close()
             self._mark = None
 
