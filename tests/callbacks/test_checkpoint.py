@@ -148,9 +148,9 @@ def test_random_states_round_trip_through_a_file_that_runs_no_code(tmp_path: Pat
     np.random.seed(3)
     # Both generators make normal numbers in pairs and keep the second: it must be kept too.
     draw()
-    torch.save({"random_states": [_random_state()]}, tmp_path / "state.ckpt")
+    torch.save({"processes": [_random_state()]}, tmp_path / "state.ckpt")
     expected = [draw(), draw()]
-    _set_random_state(torch.load(tmp_path / "state.ckpt", weights_only=True)["random_states"][0])
+    _set_random_state(torch.load(tmp_path / "state.ckpt", weights_only=True)["processes"][0])
     assert [draw(), draw()] == expected
 
 

@@ -97,7 +97,7 @@ def test_d2_d12_a_checkpoint_with_averages_holds_what_is_trained_and_is_resumed(
     trained = {name: tensor.shape for name, tensor in saved["state_dict"].items()}
     count = sum(shape.numel() for shape in trained.values())
     # The weights, their average, two moments of Adam, and a handful of counters.
-    random_states = sum(tensor.numel() for tensor in tensors_in(saved.pop("random_states")))
+    random_states = sum(tensor.numel() for tensor in tensors_in(saved.pop("processes")))
     assert 4 * count <= sum(tensor.numel() for tensor in tensors_in(saved)) < 4 * count + 500
     assert random_states < 10_000
 
