@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 
 from snell_lightning import SnellConfig, UserError
 from snell_lightning import arguments as command_line
+from snell_lightning.checkpoints import write_checkpoint
 from snell_lightning.cli import SHIPPED_CONFIGS, arrange_arguments, find_config, main, make_cli
 from snell_lightning.help import COMMANDS, KEYS, TITLE
 from snell_lightning.lightning_cli import SnellCLI
@@ -55,7 +56,7 @@ def checkpoint(here: Path) -> Path:
         "_instantiator": "lightning.pytorch.cli.instantiate_module",
     }
     made = {"state_dict": {}, "snell": {}, "pytorch-lightning_version": "2.6.6", "hyper_parameters": settings}
-    torch.save(made, here / "some.ckpt")
+    write_checkpoint(made, here / "some.ckpt")
     return here / "some.ckpt"
 
 
@@ -195,7 +196,7 @@ def test_what_jsonargparse_says_in_many_lines_becomes_one(message: str, expected
     [
         (FileNotFoundError(2, "No such file or directory", "a.jpg"), "No such file or directory: a.jpg"),
         (PermissionError(13, "Permission denied", "/runs"), "Permission denied: /runs"),
-        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), "No space left on device"),
         (OSError("two\nlines"), "two lines"),
         (UserError("rank must be\n a number"), "rank must be a number"),
         (MisconfigurationException("no such\ndevice"), "no such device"),

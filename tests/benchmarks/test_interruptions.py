@@ -26,7 +26,7 @@ def test_nothing_is_lost_where_a_run_is_killed() -> None:
 
 
 def test_a_process_that_trains_again_has_no_more_threads_handles_or_files() -> None:
-    lines = run("benchmarks.soak", "--fits", "2").splitlines()
+    lines = run("benchmarks.soak", "--fits", "3").splitlines()
     for name in ("threads", "children", "handles", "temporary"):
         (line,) = [line for line in lines if name in line]
         assert "+0.0000" in line
