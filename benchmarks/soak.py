@@ -11,7 +11,7 @@ the adapter, TensorBoard's file, the tables of the classes. After each, with its
 | `memory_mib` | the process's resident set, after garbage collection and the C library's giving back what it can |
 | `objects` | that Python's garbage collector knows |
 | `threads`, `children`, `handles` | of the process: open files, sockets and pipes |
-| `temporary` | files in the system's temporary folder and in shared memory that were not there before |
+| `temporary` | files in the system's temporary folder and in shared memory that were not there before, whoever made them |
 
 Reported are the first and the last value and the slope per fit, by least squares over the second half: what is loaded
 or compiled once has been by then. Writes `benchmarks/results/soak.json`.
