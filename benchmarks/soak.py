@@ -11,7 +11,8 @@ the adapter, TensorBoard's file, the tables of the classes. After each, with its
 | `memory_mib` | the process's resident set, after garbage collection and the C library's giving back what it can |
 | `objects` | that Python's garbage collector knows |
 | `threads`, `children`, `handles` | of the process: open files, sockets and pipes |
-| `temporary` | files in the system's temporary folder and in shared memory that were not there before, whoever made them |
+| `temporary` | files in the temporary folder, which is the process's own |
+| `shared` | new files in shared memory, whoever has made them |
 
 Reported are the first and the last value and the slope per fit, by least squares over the second half: what is loaded
 or compiled once has been by then. Writes `benchmarks/results/soak.json`.
@@ -46,6 +47,8 @@ JOB = (
     "--trainer.limit_val_batches", "1", "--trainer.log_every_n_steps", "1", "--checkpoint.every_n_train_steps", "2",
     "--model.adapter.rank", "2", "--model.mixup", "0.2", "--trainer.enable_progress_bar", "false",
 )  # fmt: skip
+# Where Linux keeps memory that processes share.
+_SHARED = "/dev/shm"
 
 
 def fit() -> None:
@@ -58,13 +61,12 @@ def fit() -> None:
         shutil.rmtree(folder)
 
 
-def temporary() -> set[str]:
-    """Names in the temporary folder and in shared memory."""
-    places = [Path(tempfile.gettempdir()), Path("/dev/shm")]
-    return {str(path) for place in places if place.is_dir() for path in place.iterdir()}
+def names(folder: str) -> set[str]:
+    """What is in a folder, if there is such a one."""
+    return set(os.listdir(folder)) if Path(folder).is_dir() else set()
 
 
-def counts(before: set[str]) -> dict[str, float]:
+def counts(shared_before: set[str]) -> dict[str, float]:
     """What the process holds now."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
@@ -76,7 +78,8 @@ def counts(before: set[str]) -> dict[str, float]:
         "threads": threading.active_count(),
         "children": len(process.children(recursive=True)),
         "handles": process.num_fds() if os.name == "posix" else process.num_handles(),
-        "temporary": len(temporary() - before),
+        "temporary": len(names(tempfile.gettempdir())),
+        "shared": len(names(_SHARED) - shared_before),
     }
 
 
@@ -88,13 +91,15 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     sys.argv = sys.argv[:1]
-    before, began = temporary(), time.perf_counter()
+    shared, began = names(_SHARED), time.perf_counter()
     taken = []
-    for number in range(given.fits):
-        fit()
-        taken.append(counts(before))
-        if (number + 1) % 20 == 0:
-            print(number + 1, {name: round(value, 1) for name, value in taken[-1].items()}, flush=True)
+    with tempfile.TemporaryDirectory() as own:
+        os.environ["TMPDIR"] = tempfile.tempdir = own
+        for number in range(given.fits):
+            fit()
+            taken.append(counts(shared))
+            if (number + 1) % 20 == 0:
+                print(number + 1, {name: round(value, 1) for name, value in taken[-1].items()}, flush=True)
     table = Table("", "first", "last", "slope per fit")
     half, result = len(taken) // 2, {}
     for name in taken[0]:
