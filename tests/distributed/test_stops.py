@@ -87,12 +87,7 @@ def test_d4_d8_two_processes_of_torchrun_train_together_and_stop_at_the_same_ste
     assert code != 0
     assert "torchrun started 2 processes on one machine: trainer.devices 2, trainer.strategy ddp" in printed
     assert printed.count("stopped by SIGTERM; to go on: --resume runs/version_0") == 1
-    stopped = steps_done(tmp_path)
-    assert 0 < stopped < 5000
-
-    code, printed = finish(start(tmp_path, "--resume", "auto", steps=stopped + 2, program=TWO), tmp_path)
-    assert code == 0, printed
-    assert steps_done(tmp_path) == 2 * (stopped + 2)
+    assert 0 < steps_done(tmp_path) < 5000
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["version_0"]
 
 

@@ -139,7 +139,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
-@pytest.mark.parametrize("batch", ["4", "16", "24"])
+@pytest.mark.parametrize("batch", ["4", "24"])
 def test_with_steps_of_another_size_it_goes_on_at_the_same_image(
     batch: str, kept: Path, command: Command, opened: list[int]
 ) -> None:
