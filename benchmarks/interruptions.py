@@ -12,11 +12,10 @@ A run goes to its end undisturbed, and each of its checkpoints is kept. Then the
 | `damage` | its newest checkpoint is cut off, or a bit in it is flipped, at random places |
 
 Everything that is drawn at random is on: order, augmentation in worker processes, Mixup and CutMix, dropout and drop
-path
-of the update; two batches make a step, and validation comes in the middle of an epoch. After each kill and stop the
-checkpoint that is left is compared with that of the undisturbed run at the same step, and at the end the last one and
-all that was logged: every tensor of weights, gradients and optimizer, the counts of the loops, the states of the random
-generators. Equal means every bit. Times and memory, which are logged too, are not compared.
+path of the update; two batches make a step, and validation comes in the middle of an epoch. After each kill and stop
+the checkpoint that is left is compared with that of the undisturbed run at the same step, and at the end the last one
+and all that was logged: every tensor of weights, gradients and optimizer, the counts of the loops, the states of the
+random generators. Equal means every bit. Times and memory, which are logged too, are not compared.
 
 Writes `benchmarks/results/interruptions.json`.
 """
@@ -34,7 +33,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr
-from operator import ne
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +152,7 @@ def interrupted(part: str, times: int, steps_in_all: int, draw: random.Random, s
     finish(disturbed, *common, "--resume", "auto")
     end, other_end = read_checkpoint(whole / LAST), read_checkpoint(disturbed / LAST)
     rows, others = logged(whole), logged(disturbed)
-    otherwise = [pair for pair in zip(rows, others, strict=False) if ne(*pair)]
+    otherwise = [(row, other) for row, other in zip(rows, others, strict=False) if row != other]
     result: dict[str, Any] = {
         "interruptions": times, "at_steps": steps, "of_steps": end["global_step"], "exact": exact,
         "end_differs_in": list(differences(end, other_end)),
