@@ -30,16 +30,14 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path, previous: str
     Raises:
         OSError: It cannot be written.
     """
-    path, buffer = Path(path), io.BytesIO()
+    buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     # The archive ends with the length of its comment.
     buffer.seek(-2, io.SEEK_END)
     buffer.write(struct.pack("<H", _SEAL))
     buffer.write(_NAME + hashlib.sha256(buffer.getvalue()).hexdigest().encode())
-    with whole(path) as part:
+    with whole(path, previous) as part:
         part.write_bytes(buffer.getbuffer())
-        if previous is not None and path.is_file():
-            path.replace(previous)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

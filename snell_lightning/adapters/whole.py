@@ -9,13 +9,14 @@ _PART = ".part"
 
 
 @contextlib.contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def whole(path: str | Path, previous: str | Path | None = None) -> Iterator[Path]:
     """Write a file under another name beside it, which it gets once it is written and safe on the disk.
 
     A file that is there already stays as it is until then, and for good if an error is raised within.
 
     Args:
         path: The file; its folder is made.
+        previous: Where a file that is there already goes; without it, it is replaced.
 
     Yields:
         Where to write.
@@ -29,6 +30,8 @@ def whole(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         _sync(part, os.O_RDWR)
+        if previous is not None and path.is_file():
+            os.replace(path, previous)
         os.replace(part, path)
         if os.name == "posix":
             _sync(path.parent, os.O_RDONLY)
