@@ -392,7 +392,7 @@ def _adapter_settings(path: str) -> dict[str, Any]:
     """The settings of model and data that an adapter file was made with."""
     _, metadata = read_adapter(path)
     model = {"backbone": metadata["backbone"], "adapter": metadata["config"]}
-    model |= {key: metadata[key] for key in ("backbone_args", "pretrained") if key in metadata}
+    model |= {key: metadata[key] for key in ("backbone_args", "pretrained", "weights") if key in metadata}
     return {"model": model, "data": _data_settings(metadata)}
 
 

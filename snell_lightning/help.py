@@ -24,6 +24,7 @@ _DATA = {
 }
 _MODEL = {
     "--model.backbone NAME": "any timm model, hf-hub:ORG/NAME or local-dir:PATH",
+    "--model.weights PATH": "its weights from a file that you have, as others released it",
     "--data.image_size N": "pixels per side, if not the backbone's own",
     "--data.augmentation HOW": "crop (also flips), light or none",
     "--model.adapter.rank N": "columns of the trained factors",
@@ -50,6 +51,7 @@ _MERGE = {
     "--format KIND": "timm, onnx or torch_export; timm",
     "--precision KIND": "float32, bfloat16 or float16, where that does not lose the update; float32",
     "--images PATH ...": "images on which to compare it with the tuned model, if not two photographs",
+    "--weights PATH": "the backbone's weights, if not where they were in training",
 }
 _IMAGES = {
     "--adapter FILE": "an adapter; several of one backbone may be named, each with --adapter",
@@ -62,6 +64,7 @@ _IMAGES = {
     "--num_workers N": "processes that read images for each device",
     "--devices N": "devices, each with a process of its own",
     "--precision KIND": "32-true, bf16-mixed, 16-mixed",
+    "--weights PATH": "the backbone's weights, if not where they were in training",
 }
 KEYS = {
     "fit": {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -58,6 +59,8 @@ class ImageClassifier(LightningModule):
         backbone: A timm model name, `hf-hub:ORG/NAME`, `local-dir:PATH`, or the backbone that ships with the package.
         num_classes: Number of classes; on the command line it comes from the data.
         pretrained: Start from pretrained weights. If they cannot be had, that is an error.
+        weights: A file of published weights for the backbone, or a folder with one, in the place of timm's own:
+            safetensors, PyTorch or a JAX model's `.npz`, of timm, transformers or the model's authors.
         image_size: Height and width of the images, in pixels; the backbone's own if not given. On the command line it
             comes from the data.
         backbone_args: Further arguments of `timm.create_model`, such as `drop_path_rate`.
@@ -87,6 +90,7 @@ class ImageClassifier(LightningModule):
         backbone: str = EMBEDDED_BACKBONE,
         num_classes: int = 10,
         pretrained: bool = True,
+        weights: str | None = None,
         image_size: int | None = None,
         backbone_args: dict[str, Any] | None = None,
         backbone_dtype: Literal["float32", "bfloat16"] = "float32",
@@ -104,7 +108,9 @@ class ImageClassifier(LightningModule):
     ) -> None:
         super().__init__()
         adapter = SnellConfig(**adapter) if isinstance(adapter, dict) else adapter
+        weights = None if weights is None else str(Path(weights).expanduser().resolve())
         self.save_hyperparameters(logger=False)
+        self.hparams["weights"] = weights
         # Checkpoints hold plain values: given from Python, the optimizer is a function and stays out.
         if isinstance(self.hparams.get("adapter"), SnellConfig):
             self.hparams["adapter"] = asdict(self.hparams["adapter"])
@@ -118,7 +124,7 @@ class ImageClassifier(LightningModule):
         self.warmup, self.warmup_lr, self.min_lr, self.layer_decay = warmup, warmup_lr, min_lr, layer_decay
         self.label_smoothing, self.metric = label_smoothing, metric
 
-        self.backbone_args, self.pretrained = backbone_args or {}, pretrained
+        self.backbone_args, self.pretrained, self.weights = backbone_args or {}, pretrained, weights
         # Class names, and what else is known of the data that the weights were tuned on.
         self.class_names: tuple[str, ...] | None = None
         # How much an image of each class counts in the training loss; None where all count the same.
@@ -130,7 +136,9 @@ class ImageClassifier(LightningModule):
 
         from snell_lightning.backbones import create_backbone, require_image_size
 
-        self.model = create_backbone(backbone, num_classes, pretrained, image_size, **self.backbone_args)
+        self.model = create_backbone(backbone, num_classes, pretrained, image_size, weights, **self.backbone_args)
+        if weights is not None:
+            rank_zero_info(f"weights: {self.model.loaded_weights}")
         if image_size is not None:
             require_image_size(backbone, self.model, image_size)
         if adapter is None:

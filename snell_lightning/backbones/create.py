@@ -7,6 +7,7 @@ error, as is a hub that cannot be reached.
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,6 +21,7 @@ from torch import nn
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones.embedded import EMBEDDED_BACKBONE  # and registers it with timm
+from snell_lightning.backbones.published import load_weights
 
 _OFFLINE_CHOICES = (
     f"offline choices: the embedded backbone {EMBEDDED_BACKBONE}, a timm checkpoint folder as local-dir:PATH, "
@@ -28,7 +30,12 @@ _OFFLINE_CHOICES = (
 
 
 def create_backbone(
-    name: str, num_classes: int, pretrained: bool = True, image_size: int | None = None, **arguments: Any
+    name: str,
+    num_classes: int,
+    pretrained: bool = True,
+    image_size: int | None = None,
+    weights: str | Path | None = None,
+    **arguments: Any,
 ) -> nn.Module:
     """Create a timm model with a fresh classifier.
 
@@ -39,12 +46,21 @@ def create_backbone(
         pretrained: Load the pretrained weights; `False` starts from random ones.
         image_size: Height and width of the images it is to take, in pixels; its own if not given. timm resamples
             position embeddings for it. `require_image_size` tells whether that was enough.
+        weights: A file of published weights, or a folder with one, to load in the place of timm's own: in any form that
+            `published.load_weights` takes. The name says the architecture.
         **arguments: Passed on to `timm.create_model`, for example `drop_path_rate`.
 
     Raises:
         UserError: The name is unknown, has no pretrained weights though they were asked for, the weights cannot be
-            had or do not fit the image size, or an argument does not fit the model.
+            had or do not fit the model or the image size, or an argument does not fit the model.
     """
+    if weights is not None:
+        if not pretrained:
+            raise UserError(f"pretrained is false, and weights names {weights}; leave one of them out")
+        model = create_backbone(name, num_classes, False, image_size, **arguments)
+        # Beside timm's own `pretrained_cfg`, for whoever wants to say where the weights are from.
+        model.loaded_weights = load_weights(model, weights, name)  # type: ignore[assignment]
+        return model
     config = _pretrained_config(name)
     if pretrained and not _has_weights(config):
         raise UserError(

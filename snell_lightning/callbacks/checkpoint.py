@@ -339,6 +339,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             num_classes=module.num_classes,
             backbone_args=module.backbone_args,
             pretrained=module.pretrained,
+            weights=module.weights,
             **values,
         )
 

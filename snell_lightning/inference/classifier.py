@@ -229,13 +229,19 @@ def check_usable(path: str | Path, metadata: dict[str, Any]) -> None:
         )
 
 
-def load_classifier(path: str | Path, device: str | torch.device | None = None, name: str = "default") -> Classifier:
+def load_classifier(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    name: str = "default",
+    weights: str | Path | None = None,
+) -> Classifier:
     """A tuned model from its adapter file alone.
 
     Args:
         path: The file, as `fit` leaves it in a run's folder.
         device: Where to compute; by default the accelerator, where there is one.
         name: To call the adapter by, where others are loaded beside it.
+        weights: Where the backbone's weights are now, if it was tuned from a file that is elsewhere since.
 
     Raises:
         UserError: There is no such file, it does not say enough, or its backbone cannot be had.
@@ -244,8 +250,14 @@ def load_classifier(path: str | Path, device: str | torch.device | None = None, 
     check_usable(path, metadata)
     arguments = metadata.get("backbone_args") or {}
     pretrained = metadata.get("pretrained", True)
+    weights = weights or metadata.get("weights")
+    if weights is not None and not Path(weights).exists():
+        raise UserError(
+            f"{path} was tuned from the weights in {weights}, which is not there; say where it is with --weights, or "
+            "load_classifier(..., weights=PATH)"
+        )
     backbone = create_backbone(
-        metadata["backbone"], len(metadata["classes"]), pretrained, metadata["image_size"], **arguments
+        metadata["backbone"], len(metadata["classes"]), pretrained, metadata["image_size"], weights, **arguments
     )
     created = {"backbone_args": arguments, "pretrained": pretrained}
     classifier = Classifier(

@@ -51,6 +51,7 @@ def _merge_parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", default="timm", choices=("timm", "onnx", "torch_export"))
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--images", nargs="+", metavar="PATH")
+    parser.add_argument("--weights", metavar="PATH")
     return parser
 
 
@@ -66,4 +67,5 @@ def _predict_parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed", "16-mixed"))
     parser.add_argument("--on_bad_image", default="skip", choices=("skip", "error"))
+    parser.add_argument("--weights", metavar="PATH")
     return parser

@@ -56,6 +56,7 @@ class Merge:
         precision: `float32`, `bfloat16` or `float16`: the type that weights are stored in.
         images: Files or folders of images on which the result is compared with the tuned model; by default pieces of
             two photographs that scikit-learn carries.
+        weights: Where the backbone's weights are, if not where the adapter file says.
     """
 
     adapter: str
@@ -63,6 +64,7 @@ class Merge:
     format: str = "timm"
     precision: str = "float32"
     images: Sequence[str] | None = None
+    weights: str | None = None
 
 
 def merge_adapter(job: Merge) -> None:
@@ -76,7 +78,7 @@ def merge_adapter(job: Merge) -> None:
         raise UserError(f"--output {target} exists; name a folder that does not")
     if job.precision != "float32" and job.format != "timm":
         raise UserError(f"--precision {job.precision} goes with --format timm; {job.format} is written in float32")
-    tuned = load_classifier(job.adapter, "cpu")
+    tuned = load_classifier(job.adapter, "cpu", weights=job.weights)
     pictures = _pictures(job.images)
     images = torch.stack([tuned.transform(picture) for picture in pictures])
     expected = _logits(tuned.model, images)

@@ -56,6 +56,7 @@ class Job:
         devices: Devices, each with a process of its own.
         precision: `32-true`, `bf16-mixed` or `16-mixed`.
         on_bad_image: `skip` writes why an image could not be read; `error` stops there.
+        weights: Where the backbone's weights are, if not where the adapter files say.
     """
 
     adapters: Sequence[str]
@@ -68,6 +69,7 @@ class Job:
     devices: int = 1
     precision: str = "32-true"
     on_bad_image: str = "skip"
+    weights: str | None = None
 
 
 def predict_images(job: Job) -> None:
@@ -81,7 +83,7 @@ def predict_images(job: Job) -> None:
     table = table_for(output)
     # Of several processes each makes its own; this one only looks at what it gives.
     device = _device(0, 1) if job.devices == 1 else torch.device("cpu")
-    first = load_classifier(job.adapters[0], device, job.adapters[0])
+    first = load_classifier(job.adapters[0], device, job.adapters[0], job.weights)
     columns = _columns(job, first)
     parts = Parts(output, table, columns, _settings(job))
     with parts.locked():
@@ -279,7 +281,7 @@ def _process(job: Job, parts: Parts, numbers: Sequence[int], place: int, parent:
         told.put(images)
 
     try:
-        _make(job, parts, numbers, load_classifier(job.adapters[0], device, job.adapters[0]), report)
+        _make(job, parts, numbers, load_classifier(job.adapters[0], device, job.adapters[0], job.weights), report)
     except UserError as error:
         told.put(error)
 

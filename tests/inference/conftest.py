@@ -46,7 +46,7 @@ def save(path: Path, module: ImageClassifier, folder: Path, augmentation: str = 
     data = ImageDataModule("folder", str(folder), augmentation=augmentation)
     save_adapter(
         path, module.model, module.adapter_config, module.backbone_name, num_classes=module.num_classes,
-        backbone_args=module.backbone_args, pretrained=module.pretrained, **data.settings(),
+        backbone_args=module.backbone_args, pretrained=module.pretrained, weights=module.weights, **data.settings(),
     )  # fmt: skip
     return path
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from snell_lightning import ImageDataModule, SnellConfig, UserError, load_classifier, save_adapter
 from snell_lightning.adapters import inject
+from snell_lightning.backbones import EMBEDDED_BACKBONE, create_backbone
 
 from .conftest import save, tuned
 
@@ -135,3 +136,31 @@ def test_a_file_that_does_not_say_its_classes_is_refused(tmp_path: Path) -> None
 
     with pytest.raises(UserError, match="does not say its classes, image_size"):
         load_classifier(tmp_path / "bare.safetensors")
+
+
+def test_weights_from_a_file_are_found_again_or_asked_for(photos: Path, tmp_path: Path) -> None:
+    release = tmp_path / "release.pth"
+    state = create_backbone(EMBEDDED_BACKBONE, num_classes=3, pretrained=False).state_dict()
+    torch.save({"model": {f"module.{name}": tensor for name, tensor in state.items()}}, release)
+    module = tuned(photos, weights=str(release))
+    file = save(tmp_path / "adapter.safetensors", module, photos)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = module(images).softmax(-1)
+
+    assert torch.allclose(load_classifier(file, "cpu").probabilities(images), expected, atol=1e-6)
+
+    moved = release.rename(tmp_path / "moved.pth")
+    with pytest.raises(UserError, match=r"was tuned from the weights in .*release.pth, which is not there; say where"):
+        load_classifier(file)
+    again = load_classifier(file, "cpu", weights=moved)
+    assert torch.allclose(again.probabilities(images), expected, atol=1e-6)
+    # Other weights are not those that the adapter was tuned with.
+    torch.save(create_backbone(EMBEDDED_BACKBONE, num_classes=3, pretrained=False).state_dict(), moved)
+    with pytest.raises(UserError, match="other frozen weights"):
+        load_classifier(file, weights=moved)
+
+
+def test_weights_without_being_asked_to_be_pretrained_contradict_themselves() -> None:
+    with pytest.raises(UserError, match=r"pretrained is false, and weights names w.pth; leave one of them out"):
+        create_backbone(EMBEDDED_BACKBONE, 3, pretrained=False, weights="w.pth")

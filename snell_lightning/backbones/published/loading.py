@@ -1,9 +1,9 @@
 """Put published weights into a timm model, and see that each of its tensors gets its own.
 
-Where a file holds several models (a student and its teacher, weights and their running average) or puts something before
-their names (`module.`, `model.`, `module.base_encoder.`, `vision_model.`), the place is taken whose names fit the model
-best; of two that fit alike a teacher's or an average. timm's own filter of the model's family then translates the
-authors' release and resamples position embeddings, patch embeddings and window tables to the model's sizes.
+Where a file holds several models (a student and its teacher, weights and their running average) or puts something
+before their names (`module.`, `model.`, `module.base_encoder.`, `vision_model.`), the place is taken whose names fit
+the model best; of two that fit alike a teacher's or an average. timm's own filter of the model's family then translates
+the authors' release and resamples position embeddings, patch embeddings and window tables to the model's sizes.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from snell_lightning.backbones.published.reading import is_numpy_archive, read_s
 
 # What timm's modules call the function that reads the authors' release.
 _FILTERS = ("checkpoint_filter_fn", "checkpoint_filter_fn_classifier", "_filter_fn", "_filter_torchvision_pretrained")
-# Before a running average comes the teacher of a distillation; MoCo's momentum encoder is none that its authors release.
+# Of two alike: averages and teachers first. MoCo's momentum encoder is no average that its authors would use.
 _PREFERRED, _LAST = re.compile(r"ema\b|ema\.|teacher"), re.compile(r"momentum|predictor|decoder|projector|text")
 
 
@@ -35,7 +35,7 @@ class LoadedWeights:
 
     Attributes:
         path: The file.
-        place: Where in it they were, such as `model` or `state_dict: module.base_encoder.`; empty where it holds them as such.
+        place: Where in it they were, such as `model` or `state_dict: module.base_encoder.`; empty if nowhere else.
         taken: Names of the model's tensors that were set.
         changed: Those of them that had another shape in the file, and were resampled.
         new: Names of those that the file does not have: the head's.
@@ -127,7 +127,9 @@ def _candidates(model: nn.Module, own: Mapping[str, Tensor], file: Path) -> Iter
                 if translated is None:
                     continue
                 where = ": ".join(part for part in (place, prefix) if part)
-                resized = {key for key, tensor in translated.items() if key in named and tensor.shape != named[key].shape}
+                resized = {
+                    key for key, tensor in translated.items() if key in named and tensor.shape != named[key].shape
+                }
                 candidate = _Candidate(where, translated, resized)
                 fits = sum(key in own for key in translated)
                 shapes = sum(key in own and tensor.shape == own[key].shape for key, tensor in translated.items())
@@ -137,7 +139,7 @@ def _candidates(model: nn.Module, own: Mapping[str, Tensor], file: Path) -> Iter
 
 
 def _filter_of(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor] | None]:
-    """timm's translation of a family's releases, which gives None for what it cannot read; nothing where it has none."""
+    """Timm's translation of a family's releases, which gives None for what it cannot read."""
     found: Any = None
     for kind in type(model).__mro__:
         module = sys.modules[kind.__module__]
@@ -168,19 +170,21 @@ def _refuse(
         key = other[0]
         raise UserError(
             f"{where} does not fit {name!r}: {key} is {tuple(best.tensors[key].shape)} in the file and "
-            f"{tuple(own[key].shape)} in the model" + (f", and so are {len(other) - 1} more" if len(other) > 1 else "")
+            f"{tuple(own[key].shape)} in the model"
+            + (f", and so are {len(other) - 1} more" if len(other) > 1 else "")
             + "; name the architecture that the file is of"
         )
     if unset:
         raise UserError(
-            f"{where} leaves {len(unset)} of the {len(own)} tensors of {name!r} unset: {some(unset)}; name the architecture "
-            "that the file is of" + (f" (the file has besides {some(left)})" if left else "")
+            f"{where} leaves {len(unset)} of the {len(own)} tensors of {name!r} unset: {some(unset)}; name the "
+            "architecture that the file is of" + (f" (the file has besides {some(left)})" if left else "")
         )
     pattern = {re.sub(r"\d+", "#", key) for key in own}
     deeper = sorted(key for key in left if re.sub(r"\d+", "#", key) in pattern)
     if deeper:
         raise UserError(
-            f"{where} is of a larger model than {name!r}, which has no {some(deeper)}; name the architecture that the file is of"
+            f"{where} is of a larger model than {name!r}, which has no {some(deeper)}; name the architecture that the "
+            "file is of"
         )
 
 
@@ -188,7 +192,8 @@ def _refuse(
 def _from_arrays(model: nn.Module, file: Path, name: str) -> LoadedWeights:
     """Weights of a JAX model, by timm's own reader of them."""
     arrays = read_state_dicts(file)[""]
-    if not hasattr(model, "load_pretrained"):
+    load: Any = getattr(model, "load_pretrained", None)
+    if load is None:
         raise UserError(f"{file} is a NumPy archive of a JAX model, of which timm reads none for {name!r}")
     numbers = [int(found[1]) for key in arrays if (found := re.search(r"encoderblock_(\d+)/", key))]
     blocks: Any = getattr(model, "blocks", None)
@@ -199,7 +204,7 @@ def _from_arrays(model: nn.Module, file: Path, name: str) -> LoadedWeights:
     for tensor in floats.values():
         tensor.fill_(torch.nan)
     try:
-        model.load_pretrained(str(file))
+        load(str(file))
     except KeyError as error:
         raise UserError(f"{file} does not fit {name!r}: it has no {error.args[0]}, but {some(arrays)}") from error
     except (RuntimeError, ValueError, AttributeError, AssertionError) as error:

@@ -1,7 +1,7 @@
 """Tensors under the names of other libraries, renamed to those that timm has or knows how to read.
 
-Of Hugging Face transformers: ViT, DeiT, ViT-MAE, BEiT, DINOv2 (with registers or without), DINOv3, CLIP, SigLIP, Swin v1
-and v2, ConvNeXt v1 and v2; of torchvision: ViT. The releases of the models' own authors are read by timm's filters.
+Of Hugging Face transformers: ViT, DeiT, ViT-MAE, BEiT, DINOv2 (with registers or without), DINOv3, CLIP, SigLIP, Swin
+v1 and v2, ConvNeXt v1 and v2; of torchvision: ViT. The releases of the models' own authors are read by timm's filters.
 """
 
 import re
@@ -89,7 +89,7 @@ _PREFIX_PARTS = 3
 
 
 def prefixes(names: Iterable[str]) -> list[str]:
-    """What may stand before all names of a model in a file: `""`, `module.`, `module.base_encoder.`, the shortest first."""
+    """What may stand before all names of a model in a file, short ones first: `""`, `module.`, `module.encoder.`."""
     found = {""}
     for name in names:
         prefix = ""
@@ -108,7 +108,9 @@ def to_timm(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
         tensors: By the names that a file has, without what stands before all of them.
         own: The model's tensors by name.
     """
-    rules = _CONVNEXT if any(".dwconv." in name and name.startswith("encoder.stages.") for name in tensors) else _RENAMES
+    rules = (
+        _CONVNEXT if any(".dwconv." in name and name.startswith("encoder.stages.") for name in tensors) else _RENAMES
+    )
     renamed = {}
     for name, tensor in tensors.items():
         renamed[_renamed(name, rules)] = tensor

@@ -7,8 +7,8 @@
 | NumPy's `.npz`, as JAX models are released in | `.npy` members of a zip archive | NumPy, without pickle |
 | a folder with one of these, or with the parts of one | an index of parts, else the only such file | each as above |
 
-Training checkpoints hold objects beside the tensors, such as the arguments of the run. Their classes are not imported: in
-the place of each object comes an empty dictionary.
+Training checkpoints hold objects beside the tensors, such as the arguments of the run. Their classes are not imported:
+in the place of each object comes an empty dictionary.
 """
 
 import json
@@ -85,8 +85,8 @@ def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
             return {"": _arrays(path)}
         if any(name.endswith("/constants.pkl") for name in members):
             raise UserError(
-                f"{path} is a TorchScript program, which would have to be run; save its state_dict() with torch.save, or "
-                "take the release in safetensors"
+                f"{path} is a TorchScript program, which would have to be run; save its state_dict() with torch.save, "
+                "or take the release in safetensors"
             )
     if start.startswith((_ZIP, _PICKLE)):
         return dict(_dictionaries(_unpickled(path)))
@@ -133,22 +133,24 @@ class _Nothing:
 
 
 def _unpickled(path: Path) -> Any:
+    mapped = zipfile.is_zipfile(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as first:
-        error: Exception = first
-    except Exception as broken:
-        raise UserError(f"{path} is damaged, or no PyTorch file: {_line(broken)}") from broken
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError:
+        pass
+    except Exception as error:
+        raise UserError(f"{path} is damaged, or no PyTorch file: {_line(error)}") from error
+    foreign: list[str] = []
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Nothing, name) for name in foreign]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as second:
-        error = second
-    raise UserError(
-        f"{path} cannot be read without running code from it ({_line(error)}); save its state_dict() alone, as safetensors "
-        "or with torch.save"
-    ) from error
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        named = f", such as {some(foreign)}" if foreign else ""
+        raise UserError(
+            f"{path} is damaged, or cannot be read without running code that it names{named}; save its state_dict() "
+            "alone, with torch.save or as safetensors"
+        ) from error
 
 
 def _dictionaries(content: Any, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -1,71 +1,28 @@
-"""Published weights, in a small file of each form: the logits are those of a second route to them.
+"""Weights as the authors of models release them, or as training leaves them: the logits are those of the source.
 
-The second route of transformers' and torchvision's files are their own models; of the authors' releases, and of what
-training leaves, the timm model whose tensors were written under the names that these files have.
+The source is a timm model whose tensors are written under the names that these files have.
 """
 
-import json
-import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from snell_lightning.adapters import UserError
-from snell_lightning.backbones import create_backbone
 from snell_lightning.backbones.published import load_weights
-
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-SWIN = {"img_size": 64, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 8}
-CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 24)}
-
-
-def lively(model: nn.Module) -> nn.Module:
-    """All tensors drawn anew, so that each of them shows in the output."""
-    torch.manual_seed(7)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            wide = "norm" in name and name.endswith("weight") or name.endswith("running_var")
-            tensor.copy_(1 + 0.1 * torch.randn_like(tensor) if wide else 0.2 * torch.randn_like(tensor))
-            if name.endswith("running_var"):
-                tensor.abs_()
-    return model.eval()
-
-
-def images(pixels: int = 32) -> Tensor:
-    return torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
-
-
-def made(name: str, **arguments: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, **{"num_classes": 3, **arguments}).eval()
-
-
-def renamed(model: nn.Module, *rules: tuple[str, str], prefix: str = "") -> dict[str, Tensor]:
-    """A model's tensors under other names."""
-    found = {}
-    for name, tensor in model.state_dict().items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        found[prefix + name] = tensor.clone()
-    return found
-
-
-def features(model: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model.forward_head(model.forward_features(x), pre_logits=True)
+from tests.backbones.published.models import CONVNEXT, SWIN, VIT, features, images, lively, made, renamed
 
 
 class TestReleases:
     """Forms in which the authors' own weights come."""
 
-    def check(self, name: str, arguments: dict[str, Any], content: Any, path: Path, source: nn.Module, **kept: Any) -> Any:
+    def check(
+        self, name: str, arguments: dict[str, Any], content: Any, path: Path, source: nn.Module, **kept: Any
+    ) -> Any:
         torch.save(content, path)
         model = made(name, **arguments)
         loaded = load_weights(model, path, name)
@@ -276,7 +233,9 @@ class TestGoogle:
         assert torch.equal(model.head.weight, head)
         assert torch.allclose(features(model, images()), features(source, images()), atol=1e-5)
 
-    @pytest.mark.parametrize(("arguments", "message"), [({"depth": 3}, "2 blocks"), ({"embed_dim": 24}, "does not fit")])
+    @pytest.mark.parametrize(
+        ("arguments", "message"), [({"depth": 3}, "2 blocks"), ({"embed_dim": 24}, "does not fit")]
+    )
     def test_another_architecture_is_refused(self, arguments: dict[str, int], message: str, tmp_path: Path) -> None:
         np.savez(tmp_path / "w.npz", **google(made("vit_base_patch16_224", **VIT)))
 
