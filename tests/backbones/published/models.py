@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SWIN = {"img_size": 64, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 8}
+HIERA = {"img_size": 64, "embed_dim": 16, "stages": (1, 1, 1, 1)}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 24)}
 
 

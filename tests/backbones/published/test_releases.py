@@ -14,7 +14,7 @@ from torch import nn
 
 from snell_lightning.adapters import UserError
 from snell_lightning.backbones.published import load_weights
-from tests.backbones.published.models import CONVNEXT, SWIN, VIT, features, images, lively, made, renamed
+from tests.backbones.published.models import CONVNEXT, HIERA, SWIN, VIT, features, images, lively, made, renamed
 
 
 class TestReleases:
@@ -78,6 +78,52 @@ class TestReleases:
         state["mask_token"] = torch.zeros(1, 16)
 
         self.check("vit_base_patch16_224", arguments, state, tmp_path / "w.pth", source, left=())
+
+    def test_dinov3(self, tmp_path: Path) -> None:
+        name = "vit_small_patch16_dinov3_qkvb"
+        source = lively(made(name, **VIT, num_classes=0))
+        state = renamed(source, (r"^reg_token$", "storage_tokens"), (r"gamma_([12])$", r"ls\1.gamma"))
+        for number in range(2):
+            around = f"blocks.{number}.attn."
+            query, value = state.pop(f"{around}q_bias"), state.pop(f"{around}v_bias")
+            state[f"{around}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+            state[f"{around}qkv.bias_mask"] = torch.ones(48)
+        state |= {"mask_token": torch.zeros(1, 16), "rope_embed.periods": torch.ones(2)}
+
+        self.check(name, VIT, state, tmp_path / "w.pth", source, left=())
+
+    @pytest.mark.parametrize(
+        ("name", "arguments", "rules", "place", "extra"),
+        [
+            (
+                "swinv2_tiny_window8_256",
+                SWIN,
+                ((r"^layers\.1\.downsample", "layers.0.downsample"),),
+                "model",
+                "attn_mask",
+            ),
+            ("beit_base_patch16_224", {**VIT, "init_values": 0.1}, (), "model", "attn.relative_position_index"),
+            ("eva02_tiny_patch14_224", VIT, (), "module", "attn.rope.freqs_cos"),
+            (
+                "hiera_tiny_224",
+                HIERA,
+                ((r"^head\.norm", "encoder_norm"), (r"^head\.fc", "head.projection")),
+                "model_state",
+                "",
+            ),
+        ],
+    )
+    def test_of_the_same_names(
+        self, name: str, arguments: Any, rules: Any, place: str, extra: str, tmp_path: Path
+    ) -> None:
+        source = lively(made(name, **arguments))
+        state = renamed(source, *rules)
+        if extra:
+            # What the model's own code computes, and the file has all the same.
+            block = "layers.0.blocks.0." if "swin" in name else "blocks.0."
+            state[block + extra] = torch.zeros(3)
+
+        self.check(name, arguments, {place: state}, tmp_path / "w.pt", source)
 
     def test_deit3(self, tmp_path: Path) -> None:
         arguments = {**VIT, "init_values": 1.0, "no_embed_class": True}
