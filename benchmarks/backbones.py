@@ -80,7 +80,8 @@ class Row(NamedTuple):
 
 def read_table() -> list[Row]:
     """The rows of the table."""
-    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    text = TABLE.read_text()
+    lines = [line for line in text[text.index("| module |") :].splitlines() if line.startswith("| ")]
     return [Row(*(cell.strip() for cell in line.strip("|").split("|"))) for line in lines[1:]]
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones.embedded import EMBEDDED_BACKBONE  # and registers it with timm
 from snell_lightning.backbones.published import load_weights
+from snell_lightning.backbones.resample import fit
 
 _OFFLINE_CHOICES = (
     f"offline choices: the embedded backbone {EMBEDDED_BACKBONE}, a timm checkpoint folder as local-dir:PATH, "
@@ -77,6 +78,14 @@ def create_backbone(
                     raise
                 # A model of this kind takes any size as it is, or none but its own.
                 return timm.create_model(name, pretrained, num_classes=num_classes, **arguments)
+            except RuntimeError as error:
+                if not (pretrained and resized and "size mismatch" in str(error)):
+                    raise
+                # timm does not resample what this family has.
+                own = timm.create_model(name, True, num_classes=num_classes, **arguments)
+                model = timm.create_model(name, False, num_classes=num_classes, **arguments, **resized)
+                model.load_state_dict(fit(own.state_dict(), model))
+                return model
     except TypeError as error:
         raise UserError(f"backbone {name!r} does not take these arguments {sorted(arguments)}: {error}") from error
     except Exception as error:

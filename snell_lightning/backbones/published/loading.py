@@ -22,6 +22,7 @@ from snell_lightning.adapters.errors import UserError, some
 from snell_lightning.adapters.finding import heads
 from snell_lightning.backbones.published.naming import prefixes, to_timm
 from snell_lightning.backbones.published.reading import is_numpy_archive, read_state_dicts, weights_file
+from snell_lightning.backbones.resample import fit
 
 # What timm's modules call the function that reads the authors' release.
 _FILTERS = ("checkpoint_filter_fn", "checkpoint_filter_fn_classifier", "_filter_fn", "_filter_torchvision_pretrained")
@@ -95,6 +96,9 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> LoadedWeights
         has = f"; it has {some(names)}, and the model {some(own)}" if names else ""
         raise UserError(f"{file} has no tensors of {name!r}{has}")
     head = {key for key in own if _in_head(key, model)}
+    fitted = fit(best.tensors, model)
+    best.resampled |= {key for key in own.keys() & fitted.keys() if fitted[key] is not best.tensors[key]}
+    best.tensors = fitted
     fitting = {key: tensor for key, tensor in best.tensors.items() if key in own and tensor.shape == own[key].shape}
     for key in head - fitting.keys():
         # A classifier of which only the weight or only the bias fits is of other classes.

@@ -134,8 +134,11 @@ def _fused(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
     """q, k and v in one layer where the model has one, and deit3's scales in modules where it has these."""
     fused = dict(tensors)
     for name in tensors:
-        if name.endswith(".attn.q.weight") and name not in own:
-            around = name.removesuffix("q.weight")
+        around = name.removesuffix("q.weight")
+        if (
+            name.endswith(".attn.q.weight")
+            and {f"{around}k.weight", f"{around}v.weight"} <= tensors.keys() - own.keys()
+        ):
             fused[f"{around}qkv.weight"] = torch.cat([fused.pop(f"{around}{part}.weight") for part in "qkv"])
             biases = {part: fused.pop(f"{around}{part}.bias", None) for part in "qkv"}
             if biases["q"] is None or biases["v"] is None:
