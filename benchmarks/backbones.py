@@ -9,6 +9,7 @@ that a reloaded and a merged model give the same logits; and that each update's 
 projections.
 """
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ import torch
 from torch import nn
 
 from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, heads, inject
+from snell_lightning.backbones import create_backbone, require_image_size
+from snell_lightning.backbones.sizes import ImageSize
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "backbones.md"
 
@@ -35,6 +38,7 @@ class Row(NamedTuple):
         model: Its name.
         arguments: Of `timm.create_model`, as JSON.
         pixels: Height and width of the images it is tested on.
+        sizes: Which other ones it takes by `image_size` alone: `squares, rectangles`, `squares` or `its own`.
         layers: How many are adapted, or why none is.
         share: Of the weights that lie in these, the head's left out.
         divided: How many of these hold several projections, and how many each.
@@ -44,6 +48,7 @@ class Row(NamedTuple):
     model: str
     arguments: str
     pixels: str
+    sizes: str = ""
     layers: str = ""
     share: str = ""
     divided: str = ""
@@ -53,6 +58,22 @@ class Row(NamedTuple):
         torch.manual_seed(0)
         model: nn.Module = timm.create_model(self.model, num_classes=3, **json.loads(self.arguments or "{}"))
         return model.eval()
+
+    def other_sizes(self) -> dict[str, tuple[int, int]]:
+        """A larger square, and a rectangle."""
+        side = int(self.pixels)
+        return {"squares": (side * 3 // 2, side * 3 // 2), "rectangles": (side, side * 3 // 2)}
+
+    def resized(self, size: ImageSize) -> nn.Module:
+        """The model for images of that size, as a user asks for it.
+
+        Raises:
+            UserError: It takes none of that size.
+        """
+        arguments = {key: value for key, value in json.loads(self.arguments or "{}").items() if key != "img_size"}
+        model = create_backbone(self.model, 3, False, size, **arguments).eval()
+        require_image_size(self.model, model, size)
+        return model
 
     def described(self, model: nn.Module, names: Iterable[str]) -> "Row":
         """The row of this model, adapted in these layers."""
@@ -87,7 +108,12 @@ def read_table() -> list[Row]:
 
 def describe(row: Row) -> Row:
     """The row of a model, made anew."""
-    model = row.create()
+    taken = []
+    for name, size in row.other_sizes().items():
+        with contextlib.suppress(UserError):
+            row.resized(size)
+            taken.append(name)
+    row, model = row._replace(sizes=", ".join(taken) or "its own"), row.create()
     try:
         return row.described(model, inject(model, SnellConfig(rank=2)))
     except UserError as error:
@@ -99,7 +125,7 @@ def run() -> dict[str, Any]:
     text = TABLE.read_text()
     for row in read_table():
         found = describe(row)
-        text = text.replace(row.line(), found.line())
+        text = text.replace(f"{row.line()}\n", f"{found.line()}\n")
         print(found.line(), flush=True)
     TABLE.write_text(text)
     return {"rows": len(read_table())}

@@ -42,6 +42,7 @@ from snell_lightning.adapters import (
 )
 from snell_lightning.adapters.names import plain_name
 from snell_lightning.backbones import EMBEDDED_BACKBONE
+from snell_lightning.backbones.sizes import ImageSize
 from snell_lightning.metrics import SelectionMetric, stage_metrics
 from snell_lightning.schedule import long_enough, warmup_cosine
 from snell_lightning.thin import complete, thin_out
@@ -61,8 +62,8 @@ class ImageClassifier(LightningModule):
         pretrained: Start from pretrained weights. If they cannot be had, that is an error.
         weights: A file of published weights for the backbone, or a folder with one, in the place of timm's own:
             safetensors, PyTorch or a JAX model's `.npz`, of timm, transformers or the model's authors.
-        image_size: Height and width of the images, in pixels; the backbone's own if not given. On the command line it
-            comes from the data.
+        image_size: Of the images, in pixels: one number for squares, else height and width; the backbone's own if not
+            given. On the command line it comes from the data.
         backbone_args: Further arguments of `timm.create_model`, such as `drop_path_rate`.
         backbone_dtype: Type in which the adapted layers' frozen weights are held. bfloat16 halves their memory and
             rounds them once; what is trained stays in fp32.
@@ -91,7 +92,7 @@ class ImageClassifier(LightningModule):
         num_classes: int = 10,
         pretrained: bool = True,
         weights: str | None = None,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         backbone_args: dict[str, Any] | None = None,
         backbone_dtype: Literal["float32", "bfloat16"] = "float32",
         adapter: SnellConfig | None = SnellConfig(),  # noqa: B008 - never modified

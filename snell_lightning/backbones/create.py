@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub import constants as hub
 from huggingface_hub.utils import get_session
 from timm.data import resolve_data_config
@@ -23,6 +22,7 @@ from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones.embedded import EMBEDDED_BACKBONE  # and registers it with timm
 from snell_lightning.backbones.published import load_weights
 from snell_lightning.backbones.resample import fit
+from snell_lightning.backbones.sizes import ImageSize, pixels, sides, sizes_near, takes
 
 _OFFLINE_CHOICES = (
     f"offline choices: the embedded backbone {EMBEDDED_BACKBONE}, a timm checkpoint folder as local-dir:PATH, "
@@ -34,7 +34,7 @@ def create_backbone(
     name: str,
     num_classes: int,
     pretrained: bool = True,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     weights: str | Path | None = None,
     **arguments: Any,
 ) -> nn.Module:
@@ -45,8 +45,8 @@ def create_backbone(
             embedded backbone's name.
         num_classes: Outputs of the classifier, at least 1.
         pretrained: Load the pretrained weights; `False` starts from random ones.
-        image_size: Height and width of the images it is to take, in pixels; its own if not given. timm resamples
-            position embeddings for it. `require_image_size` tells whether that was enough.
+        image_size: The images it is to take, in pixels; its own if not given. Position embeddings and tables are
+            resampled for it. `require_image_size` tells whether that was enough.
         weights: A file of published weights, or a folder with one, to load in the place of timm's own: in any form that
             `published.load_weights` takes. The name says the architecture.
         **arguments: Passed on to `timm.create_model`, for example `drop_path_rate`.
@@ -55,6 +55,9 @@ def create_backbone(
         UserError: The name is unknown, has no pretrained weights though they were asked for, the weights cannot be
             had or do not fit the model or the image size, or an argument does not fit the model.
     """
+    if image_size is not None:
+        height, width = sides(image_size)
+        image_size = height if height == width else (height, width)
     if weights is not None:
         if not pretrained:
             raise UserError(f"pretrained is false, and weights names {weights}; leave one of them out")
@@ -71,21 +74,7 @@ def create_backbone(
     resized = _resized(config, image_size, arguments)
     try:
         with _hub_or_cache(pretrained and not config.get("file") and config.get("source") != "local-dir"):
-            try:
-                return timm.create_model(name, pretrained, num_classes=num_classes, **arguments, **resized)
-            except TypeError as error:
-                if not resized or "img_size" not in str(error):
-                    raise
-                # A model of this kind takes any size as it is, or none but its own.
-                return timm.create_model(name, pretrained, num_classes=num_classes, **arguments)
-            except RuntimeError as error:
-                if not (pretrained and resized and "size mismatch" in str(error)):
-                    raise
-                # timm does not resample what this family has.
-                own = timm.create_model(name, True, num_classes=num_classes, **arguments)
-                model = timm.create_model(name, False, num_classes=num_classes, **arguments, **resized)
-                model.load_state_dict(fit(own.state_dict(), model))
-                return model
+            return _made(name, pretrained, num_classes, arguments, resized)
     except TypeError as error:
         raise UserError(f"backbone {name!r} does not take these arguments {sorted(arguments)}: {error}") from error
     except Exception as error:
@@ -97,43 +86,61 @@ def create_backbone(
         if isinstance(error, UserError) or not (resized or arguments):
             raise
         if resized:
-            raise UserError(_other_size(name, image_size, error)) from error
+            raise UserError(_other_size(name, image_size, error, arguments)) from error
         raise UserError(f"backbone {name!r} cannot be made with {arguments}: {_first_line(error)}") from error
 
 
-def require_image_size(name: str, model: nn.Module, image_size: int) -> None:
-    """Raise unless a backbone takes square images of that size; where it is its own, nothing is run to find out.
+def _made(
+    name: str, pretrained: bool, num_classes: int, arguments: dict[str, Any], resized: dict[str, Any]
+) -> nn.Module:
+    """The model as timm makes it, and where it cannot do so for the size of the images, in another way."""
+    try:
+        return timm.create_model(name, pretrained, num_classes=num_classes, **arguments, **resized)
+    except TypeError as error:
+        if not resized or "img_size" not in str(error):
+            raise
+        # A model of this kind takes any size as it is, or none but its own.
+        return timm.create_model(name, pretrained, num_classes=num_classes, **arguments)
+    except RuntimeError as error:
+        if not (pretrained and resized and "size mismatch" in str(error)):
+            raise
+        # timm does not resample what this family has.
+        own = timm.create_model(name, True, num_classes=num_classes, **arguments)
+        model = timm.create_model(name, False, num_classes=num_classes, **arguments, **resized)
+        model.load_state_dict(fit(own.state_dict(), model))
+        return model
+
+
+def require_image_size(name: str, model: nn.Module, image_size: ImageSize) -> None:
+    """Raise unless a backbone takes images of that size; where it is its own, nothing is run to find out.
 
     Raises:
         UserError: It does not.
     """
     # What the model itself carries: a look-up by name may ask the hub once more.
-    channels, *own = model.pretrained_cfg["input_size"]  # type: ignore[index]
-    if own == [image_size, image_size]:
-        return
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, channels, image_size, image_size))
-    except Exception as error:  # each model has its own way to refuse a size
-        raise UserError(_other_size(name, image_size, error)) from error
-    finally:
-        model.train(training)
+    own: Any = model.pretrained_cfg["input_size"]  # type: ignore[index]
+    if tuple(own[1:]) != sides(image_size) and (error := takes(model, image_size)):
+        raise UserError(_other_size(name, image_size, error, {})) from error
 
 
-def _resized(config: dict[str, Any], image_size: int | None, arguments: dict[str, Any]) -> dict[str, Any]:
+def _resized(config: dict[str, Any], image_size: ImageSize | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """The argument that gives a model of fixed image size another one."""
     own = tuple(config.get("input_size") or ())[1:]
-    if image_size is None or own == (image_size, image_size) or "img_size" in arguments:
+    if image_size is None or own == sides(image_size) or "img_size" in arguments:
         return {}
+    # timm takes a square's side as one number, in some families as nothing else.
     return {"img_size": image_size} if config.get("fixed_input_size") else {}
 
 
-def _other_size(name: str, image_size: int | None, error: BaseException) -> str:
-    height, width = data_config(name)["input_size"][1:]
+def _other_size(name: str, image_size: ImageSize | None, error: BaseException, arguments: dict[str, Any]) -> str:
+    assert image_size is not None
+    config, own = _pretrained_config(name), data_config(name)["input_size"][1:]
+    near = sizes_near(image_size, lambda size: _made(name, False, 1, arguments, _resized(config, size, arguments)))
+    advice = f"take {' or '.join(map(pixels, near))}, or leave" if near else "leave"
+    reason = f" ({_first_line(error)})" if str(error).strip() else ""
     return (
-        f"backbone {name!r} does not take images of {image_size} x {image_size} pixels ({_first_line(error)}); leave "
-        f"data.image_size out for its own {height} x {width}, or try a multiple of its patch size"
+        f"backbone {name!r} does not take images of {pixels(image_size)} pixels{reason}; {advice} data.image_size out "
+        f"for its own {pixels(own)}"
     )
 
 

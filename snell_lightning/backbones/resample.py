@@ -1,8 +1,8 @@
 """Resample what a backbone learned for one image size to another, where timm's own loading does not.
 
-timm does it for most families when weights are loaded. For the rest the kinds of tensors that depend on the image's
-size are few, and known by their shapes: grids of positions, with class and register tokens before them or cut into blocks,
-and tables of the distances between them.
+timm does it for most families when weights are loaded. For the rest the kinds of tensors that depend on the size are
+few, and known by their shapes: grids of positions, with class and register tokens before them or cut into blocks, and
+tables of the distances between them.
 """
 
 import math
@@ -76,7 +76,7 @@ def _grid(tensor: Tensor, height: int, width: int) -> Tensor:
 
 
 def _table(tensor: Tensor, side: int) -> Tensor:
-    """A table `(rows, distances)` for a square of another side; the smallest and the largest distance stay at the ends."""
+    """A table `(rows, distances)` for a square of another side; the smallest and the largest stay at the ends."""
     own = _side(tensor.shape[1])
     table = tensor.reshape(1, -1, own, own)
     return F.interpolate(table, size=(side, side), mode="bicubic", align_corners=True).reshape(len(tensor), -1)

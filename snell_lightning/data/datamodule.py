@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones import EMBEDDED_BACKBONE
+from snell_lightning.backbones.sizes import ImageSize, pixels, sides
 from snell_lightning.data.dataset import ImageDataset, ImageLoader, OnUnreadable, image_loader
 from snell_lightning.data.digits import digits
 from snell_lightning.data.folder import folder
@@ -43,7 +44,7 @@ _log = logging.getLogger(__name__)
 class ImageDataModule(lightning.LightningDataModule):
     """Images and labels for fitting, validation, testing and prediction.
 
-    Batches are `(images, labels)` of shapes `(batch, 3, image_size, image_size)`, float32, and `(batch,)`,
+    Batches are `(images, labels)` of shapes `(batch, 3, height, width)`, float32, and `(batch,)`,
     int64. With `on_bad_image: skip` a batch may be shorter than asked for, or empty.
 
     Args:
@@ -59,13 +60,13 @@ class ImageDataModule(lightning.LightningDataModule):
         eval_batch_size: Images per batch and process in validation, testing and prediction, at least 1; the
             training batch size if not given.
         num_workers: Worker processes per loader; 0 loads images in the main process.
-        image_size: Height and width of the images given to the backbone, in pixels; the backbone's own if not
-            given.
+        image_size: Of the images given to the backbone, in pixels: one number for squares, else height and width; the
+            backbone's own if not given.
         normalization: `auto` (the backbone's own mean and standard deviation), `imagenet`, `inception` (0.5
             and 0.5), `none` (pixels stay in [0, 1]), or `mean` and `std` of three numbers each.
         augmentation: `crop` (random crops of 0.08 to 1 of the area and horizontal flips; centre crop in
             evaluation), `light` (random crops of 0.8 to 1, no flips; whole image in evaluation) or `none`
-            (the whole image resized to a square, in training too: the VTAB protocol).
+            (the whole image resized, in training too: the VTAB protocol).
         val_fraction: Share of the images split off for validation where the source has no validation split of
             its own, above 0 and below 1.
         test_fraction: Share of the images split off for testing where the source has no splits of its own, at
@@ -92,7 +93,7 @@ class ImageDataModule(lightning.LightningDataModule):
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         normalization: NormalizationSetting = "auto",
         augmentation: Augmentation = "crop",
         val_fraction: float = 0.15,
@@ -122,7 +123,7 @@ class ImageDataModule(lightning.LightningDataModule):
         from snell_lightning.backbones import data_config
 
         config = data_config(backbone)
-        self.image_size = _image_size(backbone, config["input_size"], image_size)
+        self.image_size = _image_size(config["input_size"][1:], image_size)
         self.normalization = Normalization.resolve(normalization, config)
         self.train_transform, self.eval_transform = build_transforms(
             config, augmentation, normalization, self.image_size
@@ -232,7 +233,7 @@ class ImageDataModule(lightning.LightningDataModule):
         return (
             f"data: {self.source}, {len(splits.train)} train / {len(splits.val)} val / "
             f"{len(splits.test)} test images, {self.num_classes} classes, "
-            f"{self.image_size} x {self.image_size} pixels, "
+            f"{pixels(self.image_size)} pixels, "
             f"normalisation {self.normalization.name} (mean {mean}, std {std})"
         )
 
@@ -328,14 +329,7 @@ def _require_fractions(val_fraction: float, test_fraction: float) -> None:
         )
 
 
-def _image_size(backbone: str, input_size: tuple[int, int, int], image_size: int | None) -> int:
-    """The size asked for, or else the backbone's own."""
-    if image_size is not None:
-        return _at_least("image_size", image_size, 1)
-    _, height, width = input_size
-    if height != width:
-        raise UserError(
-            f"backbone {backbone!r} expects images of {height} x {width} pixels, and only squares are "
-            "supported; set data.image_size if it takes other sizes"
-        )
-    return height
+def _image_size(own: Sequence[int], image_size: ImageSize | None) -> ImageSize:
+    """The size asked for, or else the backbone's own; of a square one number."""
+    height, width = sides(tuple(own) if image_size is None else image_size)
+    return height if height == width else (height, width)

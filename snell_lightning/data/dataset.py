@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from snell_lightning.adapters.errors import UserError
+from snell_lightning.backbones.sizes import ImageSize, sides
 from snell_lightning.data.images import why_unreadable
 from snell_lightning.data.samplers import ShardSampler, TrainSampler
 from snell_lightning.data.splits import Sample
@@ -211,7 +212,7 @@ class ImageLoader(DataLoader):
 
 
 def image_loader(
-    dataset: ImageDataset, sampler: Sampler, batch_size: int, image_size: int, num_workers: int
+    dataset: ImageDataset, sampler: Sampler, batch_size: int, image_size: ImageSize, num_workers: int
 ) -> ImageLoader:
     """Build the loader of one split.
 
@@ -219,7 +220,7 @@ def image_loader(
         dataset: The split's images.
         sampler: Which of them this process takes, and in which order.
         batch_size: Images per batch and process.
-        image_size: Height and width of the transformed images, in pixels.
+        image_size: Of the transformed images, in pixels.
         num_workers: Worker processes; 0 loads in the main process.
     """
     return ImageLoader(
@@ -227,7 +228,7 @@ def image_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=partial(_collate, image_size=image_size, mark=dataset.on_unreadable == "mark"),
+        collate_fn=partial(_collate, size=sides(image_size), mark=dataset.on_unreadable == "mark"),
         pin_memory=torch.accelerator.is_available(),
         persistent_workers=False,
         # Of its own, so that starting a pass draws nothing from the run's.
@@ -236,11 +237,11 @@ def image_loader(
 
 
 def _collate(
-    items: Sequence[tuple[torch.Tensor, int] | UnreadableImage], image_size: int, mark: bool = False
+    items: Sequence[tuple[torch.Tensor, int] | UnreadableImage], size: tuple[int, int], mark: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[UnreadableImage, ...]]:
-    """Stack what could be read, or with `mark` NaN for the rest; images (0, 3, image_size, image_size) if nothing."""
+    """Stack what could be read, or with `mark` NaN for the rest; images (0, 3, height, width) if nothing."""
     unreadable = tuple(item for item in items if isinstance(item, UnreadableImage))
-    nothing = torch.full((3, image_size, image_size), torch.nan)
+    nothing = torch.full((3, *size), torch.nan)
     read = [
         (nothing, item.label) if isinstance(item, UnreadableImage) else item
         for item in items
@@ -248,5 +249,5 @@ def _collate(
     ]
     labels = torch.tensor([label for _, label in read], dtype=torch.long)
     if not read:
-        return torch.zeros(0, 3, image_size, image_size), labels, unreadable
+        return torch.zeros(0, 3, *size), labels, unreadable
     return torch.stack([image for image, _ in read]), labels, unreadable

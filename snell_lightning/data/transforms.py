@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from snell_lightning.adapters.errors import UserError
+from snell_lightning.backbones.sizes import ImageSize, sides
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
@@ -74,7 +75,7 @@ class Normalization:
 
 
 def build_transforms(
-    config: Mapping[str, Any], augmentation: str, normalization: str | Mapping[str, Any], image_size: int
+    config: Mapping[str, Any], augmentation: str, normalization: str | Mapping[str, Any], image_size: ImageSize
 ) -> tuple[Transform, Transform]:
     """Build the transforms for training and for evaluation.
 
@@ -82,14 +83,14 @@ def build_transforms(
         config: The backbone's `mean`, `std`, `interpolation` and `crop_pct`.
         augmentation: `crop`: train on random crops of 0.08 to 1 of the area and horizontal flips, evaluate
             on the centre crop that the backbone was evaluated on. `light`: train on random crops of 0.8 to 1
-            without flips, evaluate on the whole image. `none`: the whole image resized to the square, in
+            without flips, evaluate on the whole image. `none`: the whole image resized to that size, in
             training and in evaluation (the VTAB protocol). Resizing is bicubic, except for the centre crop,
             which uses the backbone's own interpolation.
         normalization: See `Normalization.resolve`.
-        image_size: Height and width of the result, in pixels.
+        image_size: Of the result, in pixels.
 
     Returns:
-        Training and evaluation transform, each from an RGB image to float32 (3, image_size, image_size).
+        Training and evaluation transform, each from an RGB image to float32 (3, height, width).
 
     Raises:
         UserError: `augmentation` or `normalization` is none of the choices.
@@ -99,18 +100,16 @@ def build_transforms(
     require_choice("augmentation", augmentation, get_args(Augmentation))
     scale = Normalization.resolve(normalization, config)
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(scale.mean, scale.std)]
-    whole = v2.Resize((image_size, image_size), InterpolationMode.BICUBIC)
+    size = sides(image_size)
+    whole = v2.Resize(size, InterpolationMode.BICUBIC)
     train: list[Any]
     evaluation: list[Any]
     if augmentation == "crop":
         interpolation = InterpolationMode(config["interpolation"])
-        train = [_random_crop(image_size, smallest=0.08), v2.RandomHorizontalFlip()]
-        evaluation = [
-            v2.Resize(int(image_size / config["crop_pct"]), interpolation),
-            v2.CenterCrop(image_size),
-        ]
+        train = [_random_crop(size, smallest=0.08), v2.RandomHorizontalFlip()]
+        evaluation = [_cover(size, config["crop_pct"], interpolation), v2.CenterCrop(size)]
     elif augmentation == "light":
-        train, evaluation = [_random_crop(image_size, smallest=0.8)], [whole]
+        train, evaluation = [_random_crop(size, smallest=0.8)], [whole]
     else:
         train, evaluation = [whole], [whole]
     return v2.Compose([*train, *to_tensor, v2.ToPureTensor()]), v2.Compose([*evaluation, *to_tensor, v2.ToPureTensor()])
@@ -126,7 +125,19 @@ def require_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"data.{argument} is {value!r}; expected one of {', '.join(choices)}")
 
 
-def _random_crop(image_size: int, smallest: float) -> "v2.RandomResizedCrop":
+def _random_crop(size: tuple[int, int], smallest: float) -> "v2.RandomResizedCrop":
     from torchvision.transforms import InterpolationMode, v2
 
-    return v2.RandomResizedCrop(image_size, scale=(smallest, 1.0), interpolation=InterpolationMode.BICUBIC)
+    return v2.RandomResizedCrop(size, scale=(smallest, 1.0), interpolation=InterpolationMode.BICUBIC)
+
+
+def _cover(size: tuple[int, int], crop_pct: float, interpolation: Any) -> Any:
+    """Resize, in its own proportions, so that the middle of the image fills the size."""
+    from torchvision.transforms import v2
+
+    height, width = (int(side / crop_pct) for side in size)
+    if height == width:
+        return v2.Resize(height, interpolation)
+    from timm.data.transforms import ResizeKeepRatio
+
+    return ResizeKeepRatio((height, width), interpolation=interpolation.value)

@@ -4,6 +4,7 @@ from typing import Any
 
 import yaml
 
+from snell_lightning.backbones.sizes import pixels
 from snell_lightning.inference.classifier import Classifier
 
 _USE = {
@@ -50,12 +51,12 @@ def model_card(tuned: Classifier, format_name: str, precision: str, difference: 
         "added to the weights: nothing but the plain model is needed."
     )
     mean, std = (", ".join(f"{value:.4g}" for value in values["normalization"][key]) for key in ("mean", "std"))
-    crop = values["crop_pct"]
+    crop, size = values["crop_pct"], pixels(tuned.image_size)
     resized = (
-        f"resized whole to {tuned.image_size} x {tuned.image_size} pixels"
+        f"resized whole to {size} pixels"
         if crop is None
-        else f"resized so that its shorter side has {int(tuned.image_size / crop)} pixels, and cropped to the middle "
-        f"{tuned.image_size} x {tuned.image_size}"
+        else f"resized in its proportions to cover {pixels([int(side / crop) for side in tuned.image_size])} pixels, "
+        f"and cropped to the middle {size}"
     )
     found = "\n".join(f"| {name} | {value:.4g} |" for name, value in scores.items())
     table = f"\n## Scores on validation images\n\n| | |\n|---|---|\n{found}\n" if found else ""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from snell_lightning.adapters import AdapterSet, UserError, merge, read_adapter
 from snell_lightning.backbones import create_backbone
+from snell_lightning.backbones.sizes import sides
 from snell_lightning.data.transforms import Transform, build_transforms
 from snell_lightning.inference.pictures import Picture, as_picture, default_device, several
 
@@ -66,7 +67,7 @@ class Classifier:
 
     @property
     def model(self) -> nn.Module:
-        """The tuned backbone: normalised images `(batch, 3, image_size, image_size)` to logits `(batch, classes)`."""
+        """The tuned backbone: normalised images `(batch, 3, height, width)` to logits `(batch, classes)`."""
         return self._model
 
     @property
@@ -75,16 +76,16 @@ class Classifier:
         return tuple(self.metadata["classes"])
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> tuple[int, int]:
         """Height and width of the images that the model sees, in pixels."""
-        return self.metadata["image_size"]
+        return sides(self.metadata["image_size"])
 
     @property
     def transform(self) -> Transform:
-        """From an RGB image to a normalised tensor `(3, image_size, image_size)`, as in the run's own evaluation."""
+        """From an RGB image to a normalised tensor `(3, height, width)`, as in the run's own evaluation."""
         values = self.metadata
         config = {"crop_pct": values["crop_pct"], "interpolation": values["interpolation"]}
-        return build_transforms(config, values["augmentation"], values["normalization"], values["image_size"])[1]
+        return build_transforms(config, values["augmentation"], values["normalization"], self.image_size)[1]
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -169,7 +170,7 @@ class Classifier:
         return whole if several(images) is not None else whole[0]
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Of normalised images `(batch, 3, image_size, image_size)`: `(batch, classes)`, in fp32, on the host."""
+        """Of normalised images `(batch, 3, height, width)`: `(batch, classes)`, in fp32, on the host."""
         self._require_adapter()
         with torch.inference_mode():
             return self._model(images.to(self.device)).float().softmax(-1).cpu()
@@ -250,15 +251,14 @@ def load_classifier(
     check_usable(path, metadata)
     arguments = metadata.get("backbone_args") or {}
     pretrained = metadata.get("pretrained", True)
+    size: Any = metadata["image_size"]
     weights = weights or metadata.get("weights")
     if weights is not None and not Path(weights).exists():
         raise UserError(
             f"{path} was tuned from the weights in {weights}, which is not there; say where it is with --weights, or "
             "load_classifier(..., weights=PATH)"
         )
-    backbone = create_backbone(
-        metadata["backbone"], len(metadata["classes"]), pretrained, metadata["image_size"], weights, **arguments
-    )
+    backbone = create_backbone(metadata["backbone"], len(metadata["classes"]), pretrained, size, weights, **arguments)
     created = {"backbone_args": arguments, "pretrained": pretrained}
     classifier = Classifier(
         backbone, metadata["backbone"], created, default_device() if device is None else torch.device(device)

@@ -178,14 +178,14 @@ def _require_same(job: Merge, found: Tensor, expected: Tensor, untuned: Tensor) 
 def _write_config(tuned: Classifier, folder: Path) -> None:
     """The classes, the architecture, and what becomes of an image, as timm and model hubs have them."""
     values, model = tuned.metadata, tuned.model
-    size, mean_std = tuned.image_size, values["normalization"]
+    mean_std = values["normalization"]
     whole = values["augmentation"] != "crop"
     data = {
-        "input_size": (3, size, size),
+        "input_size": (3, *tuned.image_size),
         "interpolation": values["interpolation"],
         "mean": tuple(mean_std["mean"]),
         "std": tuple(mean_std["std"]),
-        # The whole image, resized to a square, is what timm calls squashed.
+        # The whole image, resized to the size, is what timm calls squashed.
         "crop_pct": 1.0 if whole else values["crop_pct"],
         "crop_mode": "squash" if whole else "center",
     }
@@ -263,7 +263,7 @@ def _read_torch_export(folder: Path) -> Model:
 
 
 def _example(tuned: Classifier) -> Tensor:
-    return torch.zeros(2, 3, tuned.image_size, tuned.image_size)
+    return torch.zeros(2, 3, *tuned.image_size)
 
 
 def _any_batch() -> tuple[dict[int, Any]]:

@@ -329,8 +329,7 @@ def _settings(job: Job) -> dict[str, Any]:
 
 def _columns(job: Job, first: Classifier) -> Columns:
     if job.embeddings:
-        size = first.image_size
-        blank = torch.zeros(1, 3, size, size)
+        blank = torch.zeros(1, 3, *first.image_size)
         return Columns(first.features(blank).shape[1], True, False)
     most = max(len(read_adapter(adapter)[1].get("classes", ())) for adapter in job.adapters)
     return Columns(min(job.top_k, most), False, len(job.adapters) > 1)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from snell_lightning.adapters import SnellConfig, SnellLinear, UserError, cast_frozen, freeze_all_but_head, inject
 from snell_lightning.adapters.guards import unguard
 from snell_lightning.adapters.layers.recompute import RECOMPUTE
+from snell_lightning.backbones.sizes import ImageSize
 
 Method = Literal["snell", "full", "linear", "lora"]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -34,7 +35,7 @@ class Job:
         method: `snell`, `full` (everything is trained), `linear` (the head alone) or `lora`.
         precision: Lightning's name: `32-true`, `bf16-mixed`, `16-mixed`, `bf16-true`, ...
         backbone_dtype: Type of the frozen weights, `float32` or `bfloat16`.
-        image_size: Height and width of the images in pixels; by default the backbone's own.
+        image_size: Of the images, in pixels; by default the backbone's own.
         backbone_args: Further arguments of `create_backbone`.
         optimizer: Makes the optimizer from the trained parameters.
 
@@ -48,7 +49,7 @@ class Job:
     method: Method = "snell"
     precision: str = "32-true"
     backbone_dtype: str = "float32"
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     backbone_args: Mapping[str, Any] = field(default_factory=dict)
     optimizer: OptimizerFactory = torch.optim.AdamW
 

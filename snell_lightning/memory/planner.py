@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snell_lightning.adapters import UserError
 from snell_lightning.backbones import create_backbone, data_config, require_image_size
+from snell_lightning.backbones.sizes import sides
 from snell_lightning.memory.cut import Cut
 from snell_lightning.memory.job import WHOLE, Job, adapt, forward_context
 from snell_lightning.memory.repeat import Repeats
@@ -159,7 +160,7 @@ class _Subject:
         self._fake = fake
         self._mode: AbstractContextManager = nullcontext() if fake is None else fake
         channels, *own = data_config(job.backbone)["input_size"]
-        height, width = own if job.image_size is None else (job.image_size, job.image_size)
+        height, width = own if job.image_size is None else sides(job.image_size)
         self._shape = (channels, height, width)
         with torch.random.fork_rng(devices=[]):
             with nullcontext() if fake is None else _Unallocated(fake):

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from snell_lightning.backbones.sizes import pixels
 from snell_lightning.memory.job import Job, levers
 from snell_lightning.memory.planner import Planner
 from snell_lightning.memory.trace import Plan
@@ -48,8 +49,8 @@ def report(job: Job, batch_size: int, budget: int | None = None, console: Consol
     with _answers(asked) as answers, console.status("planning"):
         helped = {setting: next(answers) for setting in changed}
         found = list(answers)
-    pixels = f", {job.image_size} px" if job.image_size else ""
-    title = f"{job.backbone}{pixels}, {job.precision}, batch {batch_size}: MiB"
+    size = f", {pixels(job.image_size)} px" if job.image_size else ""
+    title = f"{job.backbone}{size}, {job.precision}, batch {batch_size}: MiB"
     console.print(_by_phase(title, columns, [each.plans[batch_size] for each in found]))
     sizes: tuple[int, ...] = _BATCHES
     if budget is not None and found[0].plans[sizes[0]].peak > budget:
