@@ -14,7 +14,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Size, Tensor, nn
 
 # Names of tensors that belong to places in the image; others are never resampled.
-_OF_PLACES = re.compile(r"pos_embed|relative_position|attention_bias|rel_pos|_rel$")
+_OF_PLACES = re.compile(r"pos_embed|patch_pos|relative_position|attention_bias|rel_pos|_rel$")
 
 
 def resampled(name: str, tensor: Tensor, model: nn.Module, shape: Size) -> Tensor | None:

@@ -25,7 +25,7 @@ def sides(size: ImageSize | Sequence[int]) -> tuple[int, int]:
     found = (size, size) if isinstance(size, int) else tuple(size)
     if len(found) != 2 or any(not isinstance(side, int) or side < 1 for side in found):
         raise UserError(
-            f"image_size is {size}; expected the pixels of a square's side, or height and width as [224, 320]"
+            f"data.image_size is {size}; expected the pixels of a square's side, or height and width as [224, 320]"
         )
     return found
 

@@ -22,6 +22,7 @@ from snell_lightning.adapters import (
     SnellConfig,
     SnellDelta,
     SnellLinear,
+    UserError,
     adapter_parameters,
     adapter_state_dict,
     heads,
@@ -31,6 +32,7 @@ from snell_lightning.adapters import (
 )
 from snell_lightning.adapters.finding import blocks_of
 from snell_lightning.adapters.layers.recompute import RECOMPUTE, keep_everything, rebuild_inputs, recompute_blocks
+from snell_lightning.backbones.resample import fit
 
 ROWS = read_table()
 REFUSED = [row for row in ROWS if row.layers.startswith("refused")]
@@ -232,6 +234,21 @@ def test_holds_what_the_table_says(row: Row, caplog: pytest.LogCaptureFixture) -
     largest = max(float(gradient.abs().max()) for gradient in found.values())
     for (layer, _), rows in silent.items():
         assert float(found[f"{layer}.weight"][rows].abs().max()) <= 1e-6 * largest, layer
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)
+def test_takes_the_sizes_that_the_table_says(row: Row) -> None:
+    own = row.create().state_dict()
+    for name, size in row.other_sizes().items():
+        if name not in row.sizes:
+            with pytest.raises(UserError, match=f"does not take images of {size[0]} x {size[1]} pixels") as caught:
+                row.resized(size)
+            assert len(str(caught.value).splitlines()) == 1
+            continue
+        model = row.resized(size)
+        # What was learned at one size goes over into squares of another; gMLP and Mixer mix over a number of tokens.
+        if name == "squares" and row.module != "mlp_mixer":
+            model.load_state_dict({**model.state_dict(), **fit(own, model)})
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.module)

@@ -23,7 +23,7 @@ def plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_prints_phases_and_batch_sizes_of_four_methods(plan: Callable[..., str]) -> None:
     printed = plan("--data.batch_size", "16")
 
-    assert "test_vit, 32 px, 32-true, batch 16" in printed
+    assert "test_vit, 32 x 32 px, 32-true, batch 16" in printed
     for word in (
         "SNELL-8",
         "full fine-tuning",
