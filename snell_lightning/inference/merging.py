@@ -193,7 +193,7 @@ def _write_config(tuned: Classifier, folder: Path) -> None:
     arguments: dict[str, Any] = dict(values.get("backbone_args") or {})
     if tuned.backbone_name == EMBEDDED_BACKBONE:
         named["pretrained_cfg"] = {"architecture": EMBEDDED_PLAIN}
-        arguments |= EMBEDDED_ARGUMENTS
+        arguments = {**EMBEDDED_ARGUMENTS, "img_size": tuned.image_size, **arguments}
     save_config_for_hf(model, str(folder / "config.json"), named, _built_with(arguments), data)
 
 
