@@ -32,6 +32,8 @@ _OUTSIDE_BLOCKS = frozenset(
         "meta_mlp",
     }
 )
+# Modules of other libraries than timm that are no blocks: they halve the resolution between two of them.
+_NO_BLOCKS = frozenset({"PatchMerging", "PatchMergingV2"})
 # Subclasses whose own forward is the plain product all the same.
 _PLAIN_PRODUCTS = frozenset({"timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame"})
 # Of the backbone's weights; a default that reaches less of them is told.
@@ -70,7 +72,10 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, Layer]:
         if not isinstance(module, (nn.Linear, nn.Conv2d)) or matching(config.exclude, name):
             continue
         if config.targets is None:
-            if _inside_block(full, numbered):
+            if (
+                _inside_block(full, numbered)
+                and type(model.get_submodule(full.rpartition(".")[0])).__name__ not in _NO_BLOCKS
+            ):
                 reason = why_not_adaptable(module)
                 if reason is None:
                     layers[full] = module

@@ -25,6 +25,8 @@ from snell_lightning.adapters.finding import (
     matching,
 )
 from snell_lightning.adapters.guards import guard, unguard
+from snell_lightning.adapters.layers.attention import close_attention, open_attention
+from snell_lightning.adapters.layers.calls import call_layers, call_no_layers
 from snell_lightning.adapters.layers.linear import SnellLinear
 from snell_lightning.adapters.layers.recompute import keep_everything, rebuild_inputs, recompute_blocks
 from snell_lightning.adapters.names import plain_name, unwrapped
@@ -74,15 +76,19 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
     lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, nn.UninitializedParameter)]
     if lazy:
         raise UserError(f"{lazy[0]} has no values yet; run the model once before injecting adapters")
-    targets = find_targets(model, config)
-    extra = _extra_parameters(model, config)
-
-    reset = _have_qkv_called(model, targets)
+    open_attention(model)
+    reset: set[nn.Module] = set()
+    uncalled: set[str] = set()
     try:
-        parts = divide(model, adaptable_layers(model), targets, example)
+        targets = find_targets(model, config)
+        close_attention(model, targets.values())
+        extra = _extra_parameters(model, config)
+        reset = _have_qkv_called(model, targets)
+        parts = divide(model, adaptable_layers(model), targets, example, uncalled)
     except UserError:
         for module in reset:
             setattr(module, _CALLS_QKV, False)
+        close_attention(model)
         raise
 
     head_parameters = {id(parameter) for head in heads(model).values() for parameter in head.parameters()}
@@ -102,6 +108,7 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
                 setattr(parent, child_name, adapted[id(child)])
                 if parent in reset:
                     adapted[id(child)].restore_on_merge = {_CALLS_QKV: False}
+    call_layers(model, {name: adapted[id(layer)] for name, layer in targets.items() if name in uncalled})
     guard(model, {name: adapted[id(layer)] for name, layer in targets.items()})
     if config.recompute != "none":
         rebuild_inputs(model)
@@ -145,6 +152,7 @@ def take_off(model: nn.Module) -> None:
 def _put_back(model: nn.Module, plain: Mapping[int, nn.Module]) -> None:
     """Undo `inject`, with a plain layer for each adapted one, by its identity."""
     unguard(model)
+    call_no_layers(model.modules())
     keep_everything(model)
     release_statistics(model)
     for parent in list(model.modules()):
@@ -153,6 +161,7 @@ def _put_back(model: nn.Module, plain: Mapping[int, nn.Module]) -> None:
                 setattr(parent, child_name, plain[id(child)])
                 for attribute, value in child.restore_on_merge.items():
                     setattr(parent, attribute, value)
+    close_attention(model)
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.finding import Layer, ancestors
+from snell_lightning.adapters.layers.calls import CalledInstead
 
 _aten = torch.ops.aten
 # Attribute of a tensor: for each of its entries the row that it came from, or NO_ROW.
@@ -85,7 +86,11 @@ class _Seen:
 
 
 def divide(
-    model: nn.Module, layers: Mapping[str, Layer], wanted: Iterable[str], example: Any = None
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    wanted: Iterable[str],
+    example: Any = None,
+    uncalled: set[str] | None = None,
 ) -> dict[str, list[list[int]] | None]:
     """For each wanted layer the rows of its projections, that of the lowest row first: one list if it is not fused.
 
@@ -94,6 +99,7 @@ def divide(
         layers: Its linear layers and 1x1 convolutions, by name.
         wanted: Names of some of them.
         example: What the model is called with, a tensor or a tuple; by default images of the size the model names.
+        uncalled: Takes the names of layers that the model computes with without calling them.
 
     Returns:
         Lists that have each row of the layer once; None for a layer that could not be followed, since the model does
@@ -104,7 +110,9 @@ def divide(
     """
     found: dict[str, list[list[int]] | None] = dict.fromkeys(wanted)
     for name, inputs in _attempts(model, layers, found, example):
-        error, seen = _follow(model, name, layers, inputs)
+        error, seen, met = _follow(model, name, layers, inputs)
+        if uncalled is not None:
+            uncalled.update(met)
         if error is not None and example is not None:
             raise UserError(f"the model does not run on the example: {type(error).__name__}: {error}") from error
         for layer in found.keys() & seen:
@@ -129,6 +137,10 @@ def _attempts(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for image in dict.fromkeys(_image_shapes(model)):
         yield "", (torch.empty(1, *image, dtype=dtype),)
+    # Of a language model of Hugging Face's, tokens.
+    dummy = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, Mapping) and "input_ids" in dummy:
+        yield "", (dummy["input_ids"],)
     tried = set()
     for name in found:
         for around in reversed(["", *ancestors(name)]):
@@ -160,11 +172,11 @@ def _image_shapes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
 
 def _follow(
     model: nn.Module, name: str, layers: Mapping[str, Layer], inputs: tuple[Any, ...]
-) -> tuple[Exception | None, dict[str, _Seen]]:
+) -> tuple[Exception | None, dict[str, _Seen], set[str]]:
     """Run a part of a model on tensors without data.
 
     Returns:
-        What ended the run too early, and what was seen of its layers that were called.
+        What ended the run too early, what was seen of its layers, and those that it computes with without calling them.
     """
     part = model.get_submodule(name)
     tensors = [*part.parameters(), *part.buffers()]
@@ -172,7 +184,7 @@ def _follow(
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     device = tensors[0].device if tensors else torch.device("cpu")
     follower = _Follower()
-    failure = None
+    failure, calls = None, None
     # torch would log each operation that a guessed input does not fit.
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, log.disabled = log.disabled, True
@@ -187,8 +199,11 @@ def _follow(
             for full, layer in layers.items():
                 if id(layer) in twins:
                     twins[id(layer)].register_forward_hook(follower.number(full, layer))
+            inside = {full: twins[id(layer)] for full, layer in layers.items() if id(layer) in twins}
+            calls = CalledInstead(inside)
+            calls.watch()
             inputs = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), inputs)
-            with follower:
+            with follower, calls:
                 output = run(*inputs)
             if name:
                 follower.forget(tree_leaves(output))
@@ -197,7 +212,7 @@ def _follow(
         failure = error
     finally:
         log.disabled = disabled
-    return failure, follower.seen
+    return failure, follower.seen, set() if calls is None else calls.met
 
 
 def _partition(seen: _Seen) -> list[list[int]] | None:

@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +27,7 @@ class Reading(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x.to(self.fc1.weight.dtype))
         if self.in_training if self.training else self.in_evaluation:
-            return F.linear(x, self.fc2.weight, self.fc2.bias)
+            return x @ self.fc2.weight.T + self.fc2.bias
         return self.fc2(x)
 
 
@@ -99,15 +98,23 @@ class TestC4WeightsThatAreReadWithoutACall:
         with pytest.raises(UserError, match=r"weight of 0\.fc2"):
             copied(model)(torch.randn(2, 8))
 
-    def test_torchvisions_swin_says_what_to_exclude(self) -> None:
-        model = torchvision.models.swin_t(num_classes=3)
-        assert len(inject(model, SnellConfig(rank=2))) > 40
-        with pytest.raises(UserError, match="ShiftedWindowAttention computes with") as caught:
-            model(torch.randn(1, 3, 32, 32))
-        assert "exclude ['attn\\\\.qkv$', 'attn\\\\.proj$']" in str(caught.value)
-        merge(model)
-        inject(model, SnellConfig(rank=2, exclude=["attn\\.qkv$", "attn\\.proj$"]))
-        model(torch.randn(1, 3, 32, 32))
+    def test_a_product_with_a_weight_is_a_call_of_its_layer(self) -> None:
+        class Product(Reading):
+            def forward(self, x: Tensor) -> Tensor:
+                shifted = None if self.fc2.bias is None else self.fc2.bias + 1
+                return F.linear(F.linear(self.fc1(x), weight=self.fc2.weight, bias=shifted), self.fc2.weight)
+
+        torch.manual_seed(0)
+        model = nn.Sequential(Product())
+        assert inject(model, large_config(rank=2)) == ["0.fc1", "0.fc2"]
+        enlarge(model)
+        x = torch.randn(2, 8)
+        found = [model(x), copy.deepcopy(model)(x)]
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(torch.randn(2, 7))
+        # A mode that outlived the forward would call the layer here.
+        assert torch.equal(F.linear(x, model[0].fc2.weight), x @ model[0].fc2.weight.T)
+        assert all(torch.allclose(each, merge(model)(x), atol=1e-4) for each in found)
 
     @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
     @pytest.mark.parametrize("padded", [False, True])
@@ -117,7 +124,9 @@ class TestC4WeightsThatAreReadWithoutACall:
         layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
         model = nn.TransformerEncoder(layer, 2)
         assert inject(model, large_config(rank=2, recompute=recompute)) == [
-            f"layers.{block}.linear{number}" for block in (0, 1) for number in (1, 2)
+            f"layers.{block}.{layer}"
+            for block in (0, 1)
+            for layer in ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
         ]
         enlarge(model)
         x = torch.randn(2, 5, 16)

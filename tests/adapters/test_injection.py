@@ -394,14 +394,15 @@ class TestMistakes:
         with raises_one_line(f"targets pattern '{target}' names .*{target}, which cannot be adapted: .*{reason}"):
             inject(make_model(family), SnellConfig(rank=4, targets=[target]))
 
-    def test_multihead_attention_is_named_as_unsuitable_and_left_out_by_default(self) -> None:
+    def test_attention_that_is_not_opened_is_named_as_unsuitable_and_left_out_by_default(self) -> None:
         def make() -> nn.Module:
-            return nn.ModuleDict({"layers": nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16)])})
+            attention = nn.MultiheadAttention(8, 2, kdim=4)
+            return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"attn": attention, "fc": nn.Linear(8, 8)})])})
 
-        with raises_one_line(re.escape("layers.0.self_attn.out_proj, which cannot be adapted: nn.MultiheadAttention")):
+        with raises_one_line(re.escape("layers.0.attn.out_proj, which cannot be adapted: nn.MultiheadAttention")):
             inject(make(), SnellConfig(rank=4, targets=["out_proj"]))
 
-        assert inject(make(), SnellConfig(rank=4)) == ["layers.0.linear1", "layers.0.linear2"]
+        assert inject(make(), SnellConfig(rank=4)) == ["layers.0.fc"]
 
     def test_a_model_without_blocks_needs_targets(self) -> None:
         with raises_one_line("no layer to adapt was found"):
