@@ -108,8 +108,11 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
                 setattr(parent, child_name, adapted[id(child)])
                 if parent in reset:
                     adapted[id(child)].restore_on_merge = {_CALLS_QKV: False}
-    call_layers(model, {name: adapted[id(layer)] for name, layer in targets.items() if name in uncalled})
-    guard(model, {name: adapted[id(layer)] for name, layer in targets.items()})
+    by_name = {name: adapted[id(layer)] for name, layer in targets.items()}
+    for name in uncalled & by_name.keys():
+        by_name[name].uncalled = True
+    call_layers(model, by_name)
+    guard(model, by_name)
     if config.recompute != "none":
         rebuild_inputs(model)
     if config.recompute == "blocks":

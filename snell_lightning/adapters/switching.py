@@ -18,6 +18,8 @@ from snell_lightning.adapters.files import load_adapter, read_adapter
 from snell_lightning.adapters.finding import heads
 from snell_lightning.adapters.guards import guard
 from snell_lightning.adapters.injection import inject, take_off
+from snell_lightning.adapters.layers.attention import close_attention, open_attention
+from snell_lightning.adapters.layers.calls import call_layers
 from snell_lightning.adapters.layers.linear import SnellLinear
 from snell_lightning.adapters.names import plain_name
 
@@ -113,13 +115,16 @@ class AdapterSet:
             return
         for module_name, head in wanted.heads.items():
             self._put_head(module_name, head)
+        open_attention(self.model)
         for module_name, layer in wanted.layers.items():
             place = self.model.get_submodule(module_name)
             assert isinstance(place.weight, Tensor)
             _put(self.model, module_name, layer.to(place.weight.device))
             for attribute in layer.restore_on_merge:
                 setattr(self.model.get_submodule(module_name.rpartition(".")[0]), attribute, True)
+        close_attention(self.model, wanted.layers.values())
         self._copy(wanted.replaced)
+        call_layers(self.model, wanted.layers)
         guard(self.model, wanted.layers)
         self.model.eval()
         self.active = name

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from snell_lightning.adapters import (
+    AdapterSet,
     SnellConfig,
     adapter_parameters,
     adapter_state_dict,
+    deltas,
     inject,
     load_adapter_state_dict,
     merge,
+    save_adapter,
 )
 
 CONFIG = SnellConfig(rank=4, sparsity=0.5, sparsifier="hard", scale=0.05, train_also=[])
@@ -159,3 +163,36 @@ def test_a_model_of_another_library(name: str, recompute: str, caplog: pytest.Lo
     assert again.state_dict().keys() == plain.state_dict().keys()
     assert [type(module) for module in again.modules()] == [type(module) for module in plain.modules()]
     assert not any(module._forward_hooks for module in again.modules())
+
+
+@pytest.mark.parametrize("name", ["torchvision-vit", "torchvision-swin-v2", "torch-encoder"])
+def test_its_adapters_are_switched(name: str, tmp_path: Path) -> None:
+    make, example, _ = MODELS[name]
+    torch.manual_seed(0)
+    backbone, x = make().eval(), example()
+    for parameter in backbone.parameters():
+        nn.init.uniform_(parameter, -0.3, 0.3)
+    expected = {}
+    for number in range(2):
+        model = copy.deepcopy(backbone)
+        inject(model, CONFIG)
+        for delta in deltas(model).values():
+            nn.init.normal_(delta.in_factors)
+            nn.init.normal_(delta.out_factors)
+        save_adapter(tmp_path / f"{number}", model, CONFIG, name)
+        with torch.no_grad():
+            expected[str(number)] = output(model, x)
+    with torch.no_grad():
+        plain = output(backbone, x)
+
+    several = AdapterSet(copy.deepcopy(backbone), name)
+    for number in expected:
+        several.load(tmp_path / number, number)
+    for wanted in ("0", None, "1", "0"):
+        several.put_on(wanted)
+        with torch.no_grad():
+            found = output(several.model, x)
+        assert torch.allclose(found, plain if wanted is None else expected[wanted], atol=1e-4)
+    several.put_on(None)
+    assert several.model.state_dict().keys() == backbone.state_dict().keys()
+    assert not any(module._forward_hooks for module in several.model.modules())

@@ -65,10 +65,11 @@ class _Within:
 
 
 def call_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """From here on each of these layers is called where the module that holds it computes with its weight."""
+    """From here on those of these layers that are `uncalled` are called, where what holds them uses their weights."""
     holders: dict[str, dict[str, nn.Module]] = {}
     for name, layer in layers.items():
-        holders.setdefault(name.rpartition(".")[0], {})[name] = layer
+        if layer.uncalled:
+            holders.setdefault(name.rpartition(".")[0], {})[name] = layer
     for name, held in holders.items():
         within, module = _Within(held), model.get_submodule(name)
         module.register_forward_pre_hook(within.before)

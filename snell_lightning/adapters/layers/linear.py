@@ -80,6 +80,8 @@ class SnellLinear(nn.Module):
         for name, hooks in vars(linear).items():
             if name in _HOOKS:
                 setattr(self, name, hooks)
+        # For `call_layers`: whether what holds the layer computes with its weight instead of calling it.
+        self.uncalled = False
         # For `updates_made_once`: whether to keep what the product is taken with; that, and what it was made from.
         self._keeps_made = False
         self._made: tuple[Any, Tensor] | None = None
