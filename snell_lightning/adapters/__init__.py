@@ -3,7 +3,7 @@
 from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.adapters.files import fingerprint, load_adapter, read_adapter, save_adapter
-from snell_lightning.adapters.finding import heads
+from snell_lightning.adapters.finding import Choice, explain, heads
 from snell_lightning.adapters.injection import (
     AdapterModule,
     adapter_parameters,
@@ -24,6 +24,7 @@ from snell_lightning.adapters.update.delta import SnellDelta
 __all__ = [
     "AdapterModule",
     "AdapterSet",
+    "Choice",
     "SnellConfig",
     "SnellDelta",
     "SnellLinear",
@@ -33,6 +34,7 @@ __all__ = [
     "cast_frozen",
     "check_adapter_state_dict",
     "deltas",
+    "explain",
     "fingerprint",
     "freeze_all_but_head",
     "freeze_statistics",

@@ -3,8 +3,8 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from snell_lightning.adapters.config import SnellConfig
 from snell_lightning.adapters.errors import UserError, some
+from snell_lightning.adapters.layers.attention import close_attention, open_attention, why_not_openable
 from snell_lightning.adapters.names import plain_name
 
 _log = logging.getLogger(__name__)
@@ -58,41 +59,73 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Whether a layer is adapted, and why.
+
+    Attributes:
+        name: Its name in the model; of torch's own attention, `in_proj` and `out_proj` are two layers.
+        size: Inputs and outputs, such as `768 -> 3072`.
+        adapted: Whether it is adapted.
+        why: The reason, in words.
+    """
+
+    name: str
+    size: str
+    adapted: bool
+    why: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{'adapted' if self.adapted else 'left':8}{self.name} ({self.size}): {self.why}"
+
+
+def explain(model: nn.Module, config: SnellConfig) -> list[Choice]:
+    """What `inject` would do with each linear layer and convolution of a model, in its order, and why.
+
+        print(*explain(model, SnellConfig()), sep="\\n")
+
+    Args:
+        model: A model without adapters; it is left as it is.
+        config: The settings, of which `targets` and `exclude` matter.
+    """
+    open_attention(model)
+    try:
+        found = [
+            Choice(plain_name(full), " -> ".join(map(str, reversed(module.weight.shape[:2]))), pattern is not None, why)
+            for full, module, pattern, why in _choices(model, config)
+        ]
+    finally:
+        close_attention(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and (reason := why_not_openable(module)):
+            found.append(Choice(f"{plain_name(name)}.in_proj", str(module.embed_dim), False, reason))
+    return found
+
+
 def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, Layer]:
     """The layers to adapt, by name."""
-    head_names = tuple(heads(model))
     layers: dict[str, Layer] = {}
     left: dict[str, str] = {}
-    numbered = numbered_blocks(model)
     matched: set[str] = set()
-    for full, module in model.named_modules():
+    for full, module, pattern, why in _choices(model, config):
         name = plain_name(full)
-        if not name or any(name == head or name.startswith(head + ".") for head in head_names):
-            continue
-        if not isinstance(module, (nn.Linear, nn.Conv2d)) or matching(config.exclude, name):
-            continue
-        if config.targets is None:
-            if (
-                _inside_block(full, numbered)
-                and type(model.get_submodule(full.rpartition(".")[0])).__name__ not in _NO_BLOCKS
-            ):
-                reason = why_not_adaptable(module)
-                if reason is None:
-                    layers[full] = module
-                elif isinstance(module, nn.Linear) or tuple(module.kernel_size) == (1, 1):
-                    left[name] = reason
-            continue
-        pattern = matching(config.targets, name)
-        if pattern is None:
-            continue
-        reason = why_not_adaptable(module)
-        if reason:
+        if pattern is not None:
+            layers[full] = module
+            matched.update(other for other in config.targets or () if re.search(other, name))
+        elif (
+            config.targets is not None
+            and (named := matching(config.targets, name))
+            and why == why_not_adaptable(module)
+        ):
             raise UserError(
-                f"targets pattern {pattern!r} names {name}, which cannot be adapted: {reason}; "
+                f"targets pattern {named!r} names {name}, which cannot be adapted: {why}; "
                 "narrow the pattern, or name the layer in exclude"
             )
-        matched.update(other for other in config.targets if re.search(other, name))
-        layers[full] = module
+        elif why == why_not_adaptable(module) and (
+            isinstance(module, nn.Linear) or tuple(module.kernel_size) == (1, 1)
+        ):
+            left[name] = why
     check_all_matched("targets", config.targets or (), matched, model)
     if not layers:
         name, reason = next(iter(left.items()), ("", ""))
@@ -108,6 +141,38 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, Layer]:
         used = {pattern for pattern in patterns if any(matching([pattern], name) for name in layers)}
         check_all_matched(setting, patterns, used, model, layers)
     return layers
+
+
+def _choices(model: nn.Module, config: SnellConfig) -> Iterator[tuple[str, Layer, str | None, str]]:
+    """Each linear layer and convolution by name, what has it adapted (a pattern, or `""` for the default), and why."""
+    head_names = tuple(heads(model))
+    numbered = numbered_blocks(model)
+    for full, module in model.named_modules():
+        name = plain_name(full)
+        if not name or not isinstance(module, (nn.Linear, nn.Conv2d)):
+            continue
+        around = ancestors(full)
+        within = type(model.get_submodule(around[-1])).__name__ if around else ""
+        part = next((part for part in full.split(".")[:-1] if part in _OUTSIDE_BLOCKS), None)
+        block = next((other for other in reversed(around) if other in numbered), None)
+        excluded = matching(config.exclude, name)
+        pattern = None if config.targets is None else matching(config.targets, name)
+        if any(name == head or name.startswith(head + ".") for head in head_names):
+            yield full, module, None, "it is the classifier, which is trained as a whole"
+        elif excluded is not None:
+            yield full, module, None, f"exclude {excluded!r} names it"
+        elif config.targets is not None and pattern is None:
+            yield full, module, None, "no pattern of targets names it"
+        elif config.targets is None and block is None:
+            yield full, module, None, "it is in no numbered block"
+        elif config.targets is None and (part is not None or within in _NO_BLOCKS):
+            yield full, module, None, f"it is in {part or within}, which is not taken for part of a block"
+        elif reason := why_not_adaptable(module):
+            yield full, module, None, reason
+        elif pattern is not None:
+            yield full, module, pattern, f"targets {pattern!r} names it"
+        else:
+            yield full, module, "", f"it is in block {block}"
 
 
 def _tell_small_share(model: nn.Module, layers: Mapping[str, Layer]) -> None:
@@ -208,11 +273,6 @@ def blocks_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
         if inner:
             found[inner[-1]] = None
     return list(found)
-
-
-def _inside_block(name: str, numbered: set[str]) -> bool:
-    """Whether a layer lies below a numbered module, and in none of the parts outside blocks."""
-    return not numbered.isdisjoint(ancestors(name)) and _OUTSIDE_BLOCKS.isdisjoint(name.split(".")[:-1])
 
 
 def layer_config(name: str, config: SnellConfig) -> SnellConfig:

@@ -64,7 +64,7 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
             which rows of a fused layer are q, k and v. By default images of the size that the model names.
 
     Returns:
-        Names of the adapted layers, in the model's order.
+        Names of the adapted layers, in the model's order; `explain` says of each layer why.
 
     Raises:
         UserError: There is no layer to adapt, a named one cannot be adapted, a pattern matches nothing, the model does
@@ -123,6 +123,7 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
             f"{some(unknown)}: each competes as one, since it could not be seen whether it holds several projections; "
             "give inject an example of what the model is called with"
         )
+    _log.info(f"{len(targets)} layers are adapted ({some(targets)}); explain(model, config) says why")
     return list(targets)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from snell_lightning.adapters import (
     adapter_parameters,
     adapter_state_dict,
     deltas,
+    explain,
     inject,
     load_adapter_state_dict,
     merge,
     save_adapter,
 )
 
+DOCS = Path(__file__).parent.parent.parent / "docs" / "backbones.md"
 CONFIG = SnellConfig(rank=4, sparsity=0.5, sparsifier="hard", scale=0.05, train_also=[])
 HF = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 
@@ -163,6 +166,53 @@ def test_a_model_of_another_library(name: str, recompute: str, caplog: pytest.Lo
     assert again.state_dict().keys() == plain.state_dict().keys()
     assert [type(module) for module in again.modules()] == [type(module) for module in plain.modules()]
     assert not any(module._forward_hooks for module in again.modules())
+
+
+def test_what_the_docs_show(capsys: pytest.CaptureFixture[str]) -> None:
+    section = DOCS.read_text().partition("## Models of other libraries")[2].partition("\n## ")[0]
+    code, shown = re.findall(r"```(?:python)?\n(.*?)```", section, flags=re.DOTALL)
+
+    exec(compile(code, str(DOCS), "exec"), {})
+
+    assert capsys.readouterr().out.splitlines()[:3] == shown.splitlines()
+
+
+def test_each_layer_has_its_reason() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.other = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2, kdim=4)
+            self.fc, self.conv, self.downsample = nn.Linear(8, 8), nn.Conv2d(8, 4, 3), nn.Sequential(nn.Linear(8, 4))
+
+    model = nn.ModuleDict({"stem": nn.Conv2d(3, 8, 4), "blocks": nn.Sequential(Block(), Block())})
+
+    found = explain(model, SnellConfig(exclude=[r"1\.fc"]))
+
+    inside = "it is in block blocks.0"
+    assert {
+        choice.name: (choice.adapted, choice.why) for choice in found if not choice.name.startswith("blocks.1.attn")
+    } == {
+        "stem": (False, "it is in no numbered block"),
+        "blocks.0.attn.in_proj": (True, inside),
+        "blocks.0.attn.out_proj": (True, inside),
+        "blocks.0.fc": (True, inside),
+        "blocks.0.conv": (False, "it is a 3x3 convolution; only 1x1 convolutions can be adapted"),
+        "blocks.0.downsample.0": (False, "it is in downsample, which is not taken for part of a block"),
+        "blocks.0.other.out_proj": (False, "nn.MultiheadAttention uses its weight without calling it"),
+        "blocks.0.other.in_proj": (False, "its keys or values have another width than its queries"),
+        "blocks.1.fc": (False, "exclude '1\\\\.fc' names it"),
+        "blocks.1.conv": (False, "it is a 3x3 convolution; only 1x1 convolutions can be adapted"),
+        "blocks.1.downsample.0": (False, "it is in downsample, which is not taken for part of a block"),
+        "blocks.1.other.out_proj": (False, "nn.MultiheadAttention uses its weight without calling it"),
+        "blocks.1.other.in_proj": (False, "its keys or values have another width than its queries"),
+    }
+    assert str(found[1]) == f"adapted blocks.0.attn.in_proj (8 -> 24): {inside}"
+    assert type(model["blocks"][0].attn) is nn.MultiheadAttention
+    with_targets = explain(model, SnellConfig(targets=["stem", "fc"]))
+    assert [choice.why for choice in with_targets[:2]] == [
+        "it is a 4x4 convolution; only 1x1 convolutions can be adapted",
+        "no pattern of targets names it",
+    ]
 
 
 @pytest.mark.parametrize("name", ["torchvision-vit", "torchvision-swin-v2", "torch-encoder"])
