@@ -63,12 +63,13 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return sum(output) if isinstance(output, (tuple, list)) else output
 
 
-def gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def gradients(model: nn.Module, images: Tensor, keep: bool = False) -> dict[str, Tensor]:
     torch.manual_seed(3)
     # Not a cross-entropy: logits of random weights may be large, and that has no gradient then.
     (logits(model, images) * torch.tensor([[1.0, -2.0, 0.5], [-1.0, 0.5, 2.0]])).sum().backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
+    if not keep:
+        model.zero_grad()
     return found
 
 
@@ -212,6 +213,28 @@ def test_holds_what_the_table_says(row: Row, caplog: pytest.LogCaptureFixture) -
     assert trained - found["none"].keys() == ({"cls_token"} if row.module == "convit" else set())
     assert len(silent) <= len(names) / 2
 
+    # An adapter without a gradient belongs to rows that have none: behind a gate that is shut, a norm of one feature.
+    if silent:
+        shut = merge(copy.deepcopy(model)).eval()
+        for layer, _ in silent:
+            shut.get_submodule(layer).weight.requires_grad_()
+        through = gradients(shut, images)
+        # To rounding, which differs between processors.
+        largest = max(float(gradient.abs().max()) for gradient in through.values())
+        for (layer, _), rows in silent.items():
+            assert float(through[f"{layer}.weight"][rows].abs().max()) <= 1e-6 * largest, layer
+
+    # Two steps change every adapter that has a gradient.
+    before = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model)}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    for _ in range(2):
+        assert all(gradient.isfinite().all() for gradient in gradients(model, images, keep=True).values())
+        optimizer.step()
+        model.zero_grad()
+    for name, parameter in adapter_parameters(model):
+        assert parameter.isfinite().all(), name
+        assert found["none"][name].eq(0).all() or not torch.equal(parameter, before[name]), name
+
     # What is saved makes the same logits again, and so does the plain model with the updates in its weights.
     model.eval()
     with torch.no_grad():
@@ -226,14 +249,41 @@ def test_holds_what_the_table_says(row: Row, caplog: pytest.LogCaptureFixture) -
         assert model.state_dict().keys() == plain.state_dict().keys()
         assert close(logits(model, images), tuned, 5e-4)
 
-    # An adapter without a gradient belongs to rows that have none: behind a gate that is shut, a norm of one feature.
-    for layer, _ in silent:
-        model.get_submodule(layer).weight.requires_grad_()
-    found = gradients(model, images)
-    # To rounding, which differs between processors.
-    largest = max(float(gradient.abs().max()) for gradient in found.values())
-    for (layer, _), rows in silent.items():
-        assert float(found[f"{layer}.weight"][rows].abs().max()) <= 1e-6 * largest, layer
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "layers"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 64, "depths": (1, 2)},
+            ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+        ),
+        (
+            "swinv2_tiny_window8_256",
+            {"img_size": 64, "depths": (1, 2)},
+            ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+        ),
+        ("convnext_atto", {"depths": (1, 2, 1, 1)}, ("mlp.fc1", "mlp.fc2")),
+        ("convnextv2_atto", {"depths": (1, 2, 1, 1)}, ("mlp.fc1", "mlp.fc2")),
+    ],
+)
+def test_swin_and_convnext_in_the_published_setting(name: str, arguments: Any, layers: tuple[str, ...]) -> None:
+    model = timm.create_model(name, num_classes=3, **arguments)
+
+    names = inject(model, SnellConfig(rank=2))
+
+    # Every linear layer of each block; q, k and v apart.
+    stages = "layers" if "swin" in name else "stages"
+    blocks = [
+        f"{stages}.{stage}.blocks.{block}" for stage, depth in enumerate(arguments["depths"]) for block in range(depth)
+    ]
+    assert names == [f"{block}.{layer}" for block in blocks for layer in layers]
+    for each in names:
+        assert len(model.get_submodule(each).deltas) == (3 if each.endswith("qkv") else 1)
+    trained = {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and ".deltas." not in name
+    }
+    assert trained == {"head.fc.weight", "head.fc.bias"}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)
