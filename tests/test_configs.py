@@ -1,5 +1,6 @@
 """Every shipped config is valid as it stands, and says how it is run."""
 
+import json
 import re
 import shlex
 from itertools import pairwise
@@ -7,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import yaml
 
+from benchmarks import overlays
 from snell_lightning.cli import SHIPPED_CONFIGS, arrange_arguments, make_cli
 from snell_lightning.lightning_cli import SnellCLI
 from snell_lightning.messages import ConfigError
 
 CONFIGS = sorted(str(path.relative_to(SHIPPED_CONFIGS)) for path in SHIPPED_CONFIGS.rglob("*.yaml"))
 # Overlays say what to change and are put behind a complete job.
-OVERLAYS = ("trainer/", "data/", "backbone/")
+OVERLAYS = ("trainer/", "data/", "backbone/", "paper/")
 JOB = "vit.yaml"
 
 
@@ -79,6 +82,23 @@ def test_every_config_opens_with_the_command_that_runs_it(name: str) -> None:
         assert name in configs
         # All configs that it names are there.
         assert len(arrange_arguments(command)) >= len(command)
+
+
+@pytest.mark.parametrize("name", list(overlays.configs()))
+def test_every_backbone_says_what_memory_it_takes(name: str) -> None:
+    path, recorded = overlays.configs()[name], json.loads(overlays.RESULTS.read_text())[name]
+
+    assert overlays.line(recorded["peak_gib"]) in path.read_text()
+    assert recorded["backbone"] == overlays.job_of(path).backbone
+    # A name that timm has, with weights.
+    assert timm.is_model_pretrained(recorded["backbone"])
+
+
+@pytest.mark.parametrize("name", ["vit_s16", "swin_t"])
+def test_what_is_said_of_the_memory_is_what_is_planned(name: str) -> None:
+    found = overlays.plan(overlays.configs()[name])
+
+    assert found == pytest.approx(json.loads(overlays.RESULTS.read_text())[name]["peak_gib"], abs=0.011)
 
 
 def test_a_config_with_an_unknown_key_would_not_pass(parse: Any, tmp_path: Path) -> None:
