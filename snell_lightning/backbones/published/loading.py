@@ -28,6 +28,7 @@ from snell_lightning.backbones.resample import fit
 _FILTERS = ("checkpoint_filter_fn", "checkpoint_filter_fn_classifier", "_filter_fn", "_filter_torchvision_pretrained")
 # Of two alike: averages and teachers first. MoCo's momentum encoder is no average that its authors would use.
 _PREFERRED, _LAST = re.compile(r"ema\b|ema\.|teacher"), re.compile(r"momentum|predictor|decoder|projector|text")
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> LoadedWeights
         fitting = {other: tensor for other, tensor in fitting.items() if other.rpartition(".")[0] != around}
     unset = {key for key in own.keys() - fitting.keys() - head if not key.endswith("num_batches_tracked")}
     _refuse(file, name, own, best, unset, {key for key in best.tensors if key not in own})
+    broken = [key for key, tensor in fitting.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{file} has values that are no numbers, in {some(broken)}; it is damaged, or its training failed"
+        )
     model.load_state_dict(fitting, strict=False)
     return LoadedWeights(
         file,
@@ -124,6 +130,8 @@ def _in_head(key: str, model: nn.Module) -> bool:
 def _candidates(model: nn.Module, own: Mapping[str, Tensor], file: Path) -> Iterator[_Candidate]:
     translate = _filter_of(model)
     for place, tensors in read_state_dicts(file).items():
+        # Half precision is for storing: resampling is done in single.
+        tensors = {key: tensor.float() if tensor.dtype in _HALF else tensor for key, tensor in tensors.items()}
         for prefix in prefixes(tensors):
             within = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             for named in (within, to_timm(within, own)):

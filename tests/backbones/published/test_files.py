@@ -32,6 +32,17 @@ class TestSizes:
         assert loaded.changed == ("pos_embed",)
         assert torch.allclose(features(model, images(48)), features(second, images(48)), atol=1e-5)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_weights_in_half_precision(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        source = lively(made("vit_base_patch16_224", **VIT)).to(dtype).float()
+        save_file({name: tensor.to(dtype) for name, tensor in source.state_dict().items()}, tmp_path / "w")
+        model = made("vit_base_patch16_224", **{**VIT, "img_size": 48})
+
+        load_weights(model, tmp_path / "w", "vit_base_patch16_224")
+
+        source.set_input_size((48, 48))
+        assert torch.allclose(features(model, images(48)), features(source, images(48)), atol=1e-5)
+
     def test_window_tables_are_resampled_as_timm_does_it(self, tmp_path: Path) -> None:
         source = lively(made("swin_tiny_patch4_window7_224", **SWIN))
         torch.save(source.state_dict(), tmp_path / "w.pth")
@@ -104,6 +115,10 @@ class TestRefusals:
 
     def test_another_width_is_named(self, state: dict[str, Tensor], tmp_path: Path) -> None:
         self.refused(state, tmp_path / "w", r"is \(.*\) in the file and \(.*\) in the model", embed_dim=24)
+
+    def test_values_that_are_no_numbers_are_named(self, state: dict[str, Tensor], tmp_path: Path) -> None:
+        state["blocks.1.mlp.fc2.bias"][3] = torch.nan
+        self.refused(state, tmp_path / "w", r"no numbers, in blocks.1.mlp.fc2.bias; it is damaged")
 
     def test_a_deeper_file_is_not_cut(self, state: dict[str, Tensor], tmp_path: Path) -> None:
         self.refused(state, tmp_path / "w", r"larger model than .*has no blocks.1.attn", depth=1)
