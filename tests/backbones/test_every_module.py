@@ -22,7 +22,6 @@ from snell_lightning.adapters import (
     SnellConfig,
     SnellDelta,
     SnellLinear,
-    UserError,
     adapter_parameters,
     adapter_state_dict,
     heads,
@@ -32,7 +31,6 @@ from snell_lightning.adapters import (
 )
 from snell_lightning.adapters.finding import blocks_of
 from snell_lightning.adapters.layers.recompute import RECOMPUTE, keep_everything, rebuild_inputs, recompute_blocks
-from snell_lightning.backbones.resample import fit
 
 ROWS = read_table()
 REFUSED = [row for row in ROWS if row.layers.startswith("refused")]
@@ -284,21 +282,6 @@ def test_swin_and_convnext_in_the_published_setting(name: str, arguments: Any, l
         name for name, parameter in model.named_parameters() if parameter.requires_grad and ".deltas." not in name
     }
     assert trained == {"head.fc.weight", "head.fc.bias"}
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)
-def test_takes_the_sizes_that_the_table_says(row: Row) -> None:
-    own = row.create().state_dict()
-    for name, size in row.other_sizes().items():
-        if name not in row.sizes:
-            with pytest.raises(UserError, match=f"does not take images of {size[0]} x {size[1]} pixels") as caught:
-                row.resized(size)
-            assert len(str(caught.value).splitlines()) == 1
-            continue
-        model = row.resized(size)
-        # What was learned at one size goes over into squares of another; gMLP and Mixer mix over a number of tokens.
-        if name == "squares" and row.module != "mlp_mixer":
-            model.load_state_dict({**model.state_dict(), **fit(own, model)})
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.module)
