@@ -1,4 +1,4 @@
-"""A small model of each of timm's modules takes the sizes of images that docs/backbones.md says, by their size alone."""
+"""A small model of each of timm's modules takes the sizes of images that docs/backbones.md says."""
 
 import pytest
 
