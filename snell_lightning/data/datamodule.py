@@ -187,7 +187,7 @@ class ImageDataModule(lightning.LightningDataModule):
         }
         return {
             "classes": list(self.class_names),
-            "image_size": self.image_size,
+            "image_size": self.image_size if isinstance(self.image_size, int) else list(self.image_size),
             "normalization": {"mean": list(self.mean), "std": list(self.std)},
             "augmentation": self.augmentation,
             **self._crop,

@@ -29,6 +29,10 @@ def test_rectangles_are_tuned_tested_predicted_and_merged(
     assert read_adapter("runs/version_0/adapter.safetensors")[1]["image_size"] == [32, 48]
     tested = command("test", *FAST, "--config", "runs/version_0/config.yaml")
     assert accuracy(tested.out) > 0.9
+    last = ("--ckpt_path", "runs/version_0/checkpoints/last.ckpt", "--data.image_size", "[32, 48]")
+    tested = command("test", *BASE, *FAST, *last)
+    assert accuracy(tested.out) > 0.9
+    assert "in place of" not in tested.err
     tested = command("test", *BASE, *FAST, "--model.adapter_file", "runs/version_0/adapter.safetensors")
     assert accuracy(tested.out) > 0.9
 
