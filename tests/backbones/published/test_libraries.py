@@ -125,3 +125,45 @@ class TestTorchvision:
 
         with torch.no_grad():
             assert torch.allclose(model(images(64)), source(images(64)), rtol=1e-3, atol=1e-3)
+
+
+TEXT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+DECODER = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 3, "decoder_num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "part", "row", "prefix"),
+    [
+        ("ViTForImageClassification", HF_VIT, "vit", "vit", "vit."),
+        ("ViTMAEForPreTraining", {**HF_VIT, **DECODER, "mask_ratio": 0.0}, "vit", "vit", "vit."),
+        ("SwinForImageClassification", HF_SWIN, "swin", "swin", "swin."),
+        ("ConvNextForImageClassification", HF_CONVNEXT, "convnext", "convnext", "convnext."),
+        ("CLIPModel", {"text_config": TEXT, "vision_config": HF_VIT}, "vision_model", "clip", "vision_model."),
+        (
+            "SiglipModel",
+            {"text_config": TEXT, "vision_config": {**HF_VIT, "hidden_act": "gelu"}},
+            "vision_model",
+            "siglip",
+            "vision_model.",
+        ),
+    ],
+)
+def test_transformers_within_a_larger_model(
+    kind: str, settings: dict[str, Any], part: str, row: str, prefix: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    _, _, name, arguments, output = TRANSFORMERS[row]
+    model_class = getattr(transformers, kind)
+    source = lively(model_class(model_class.config_class(**settings)))
+    source.save_pretrained(tmp_path)
+    model = made(name, **arguments)
+
+    loaded = load_weights(model, tmp_path, name)
+
+    x = images(arguments.get("img_size", 32))
+    with torch.no_grad():
+        # MAE shuffles its tokens, on which the class token's output does not depend.
+        expected = getattr(source, part)(pixel_values=x)
+    assert loaded.place == prefix
+    assert torch.allclose(features(model, x), output(expected), atol=1e-4)
