@@ -6,6 +6,7 @@ batches of B see the same images. Evaluation covers each image exactly once over
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,7 @@ from snell_lightning.data.folder import folder
 from snell_lightning.data.leaks import shared_images
 from snell_lightning.data.samplers import ShardSampler, TrainSampler
 from snell_lightning.data.splits import Sample, Source, SplitName, classes_lacking, listed
+from snell_lightning.data.table import table
 from snell_lightning.data.transforms import (
     Augmentation,
     Normalization,
@@ -31,7 +33,7 @@ from snell_lightning.data.transforms import (
     require_choice,
 )
 
-SOURCES: dict[str, Source] = {"digits": digits, "folder": folder}
+SOURCES: dict[str, Source] = {"digits": digits, "folder": folder, "table": table}
 """Every source by the name that `data.source` takes."""
 
 OnBadImage = Literal["error", "skip"]
@@ -49,9 +51,10 @@ class ImageDataModule(lightning.LightningDataModule):
 
     Args:
         source: Where images come from: `digits` (1,797 handwritten digits that need no download) or `folder`
-            (image files in one folder per class).
-        root: The folder with the images, for sources that read files. For `folder` it holds train/CLASS/IMAGE
+            (image files in one folder per class) or `table` (images and labels listed in a CSV, TSV or Parquet file).
+        root: The folder with the images, or the table. For `folder` it holds train/CLASS/IMAGE
             with val and test beside train, or CLASS/IMAGE.
+        columns: Of a table: the names of its columns `path`, `label` and `split`, where they are called otherwise.
         classes: Class names in the order of the model's outputs; by default the classes that are found, sorted. With
             an adapter file or a checkpoint they are those that it was trained on.
         backbone: timm name of the backbone, whose own configuration gives image size, normalisation and
@@ -89,6 +92,7 @@ class ImageDataModule(lightning.LightningDataModule):
         source: str = "digits",
         root: str | None = None,
         classes: list[str] | None = None,
+        columns: dict[str, str] | None = None,
         backbone: str = EMBEDDED_BACKBONE,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
@@ -136,7 +140,10 @@ class ImageDataModule(lightning.LightningDataModule):
         path = Path(root) if root is not None else None
         if classes is not None and len(set(classes)) < len(classes):
             raise UserError(f"data.classes names a class twice: {', '.join(classes)}")
-        splits = SOURCES[source](path, val_fraction, test_fraction, seed, fixed_splits, classes)
+        if columns is not None and source != "table":
+            raise UserError(f"data.columns is for data.source table, not {source}")
+        find = SOURCES[source] if columns is None else partial(table, columns=columns)
+        splits = find(path, val_fraction, test_fraction, seed, fixed_splits, classes)
         self.splits = splits if classes is None else splits.with_classes(classes)
         self._told = False
 

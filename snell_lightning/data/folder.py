@@ -21,7 +21,7 @@ from pathlib import Path
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.data.listing import Listing, folders_in, has_images
-from snell_lightning.data.splits import Sample, SplitName, Splits, classes_lacking, listed, split_by_name
+from snell_lightning.data.splits import Sample, SplitName, Splits, as_splits, classes_lacking, listed
 
 # Besides these, `train_set`, `TestImages` and the like are recognised.
 SPELLINGS: dict[SplitName, tuple[str, ...]] = {
@@ -77,7 +77,7 @@ def folder(
     listing = Listing([path for folders in parts.values() for paths in folders.values() for path in paths])
     names = tuple(sorted({name for folders in parts.values() for name in folders}))
     samples = {name: _samples(root, folders, names, listing) for name, folders in parts.items()}
-    splits = _splits(samples, names, (val_fraction, test_fraction, seed), fixed)
+    splits = as_splits(samples, names, (val_fraction, test_fraction, seed), fixed)
     lacking = [
         f"no {name} image of {listed(absent, 5)}"
         for name in ("train", "val", "test")
@@ -187,26 +187,3 @@ def _samples(
         label = classes.index(name)
         samples |= {os.path.relpath(image, root).replace(os.sep, "/"): (image, label) for image in images}
     return samples
-
-
-def _splits(
-    samples: Mapping[str, Mapping[str, Sample]],
-    classes: tuple[str, ...],
-    rule: tuple[float, float, int],
-    fixed: Mapping[str, SplitName] | None,
-) -> Splits:
-    """Samples of the split folders, or of the root under the name "", as splits."""
-    val_fraction, test_fraction, seed = rule
-    whole = "" in samples
-    if not whole and ("val" in samples or "train" not in samples):
-        train, val, test = (list(samples.get(name, {}).values()) for name in ("train", "val", "test"))
-        return Splits(train, val, test, classes)
-    together = samples["" if whole else "train"]
-    parts, moves = split_by_name(together, val_fraction, test_fraction if whole else 0.0, seed, fixed)
-    if not parts["val"]:
-        raise UserError(
-            f"{len(together)} images of {len(classes)} classes are too few to split {val_fraction:.0%} off for val; "
-            "add images or raise data.val_fraction"
-        )
-    test = parts["test"] if whole else list(samples.get("test", {}).values())
-    return Splits(parts["train"], parts["val"], test, classes, by_fractions=True, fixed=moves)

@@ -133,6 +133,39 @@ def split_by_name(
     return parts, moves
 
 
+def as_splits(
+    samples: Mapping[str, Mapping[str, Sample]],
+    classes: tuple[str, ...],
+    rule: tuple[float, float, int],
+    fixed: Mapping[str, SplitName] | None,
+) -> Splits:
+    """Samples by name of ready splits, or under "" of none, as splits; what is missing is split off.
+
+    Args:
+        samples: Those of each split, by name; all under `""` where nothing says in which split they are.
+        classes: Names of the classes.
+        rule: Shares of val and test, in [0, 1), and the seed.
+        fixed: Splits of single samples, as an earlier call settled them.
+
+    Raises:
+        UserError: There are too few samples to split val off.
+    """
+    val_fraction, test_fraction, seed = rule
+    whole = "" in samples
+    if not whole and ("val" in samples or "train" not in samples):
+        train, val, test = (list(samples.get(name, {}).values()) for name in ("train", "val", "test"))
+        return Splits(train, val, test, classes)
+    together = samples["" if whole else "train"]
+    parts, moves = split_by_name(together, val_fraction, test_fraction if whole else 0.0, seed, fixed)
+    if not parts["val"]:
+        raise UserError(
+            f"{len(together)} images of {len(classes)} classes are too few to split {val_fraction:.0%} off for val; "
+            "add images or raise data.val_fraction"
+        )
+    test = parts["test"] if whole else list(samples.get("test", {}).values())
+    return Splits(parts["train"], parts["val"], test, classes, by_fractions=True, fixed=moves)
+
+
 def _place(name: str, seed: int) -> float:
     """A number in [0, 1) that a name and a seed stand for, on every machine."""
     text = f"{seed}/{unicodedata.normalize('NFC', name)}"
