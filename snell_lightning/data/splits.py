@@ -8,6 +8,7 @@ without another one changing sides.
 """
 
 import hashlib
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -164,6 +165,16 @@ def as_splits(
         )
     test = parts["test"] if whole else list(samples.get("test", {}).values())
     return Splits(parts["train"], parts["val"], test, classes, by_fractions=True, fixed=moves)
+
+
+def require_files(file: Path, paths: Sequence[str]) -> None:
+    """Raise unless the images that a file lists are there.
+
+    Raises:
+        UserError: Some are not.
+    """
+    if absent := [path for path in paths if not os.path.isfile(path)]:
+        raise UserError(f"{len(absent):,} of the {len(paths):,} images in {file} are not there, such as {absent[0]}")
 
 
 def _place(name: str, seed: int) -> float:

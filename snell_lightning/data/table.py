@@ -9,7 +9,6 @@ those of a folder are; where it names no val, that is split off train.
 """
 
 import csv
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.data.folder import split_named
-from snell_lightning.data.splits import Sample, SplitName, Splits, as_splits, classes_lacking, listed
+from snell_lightning.data.splits import Sample, SplitName, Splits, as_splits, classes_lacking, listed, require_files
 
 COLUMNS = {"path": "path", "label": "label", "split": "split"}
 _DELIMITERS = {".csv": ",;", ".tsv": "\t", ".txt": ",;\t"}
@@ -72,7 +71,7 @@ def table(
     labels = _sorted({label for label, _ in rows.values()})
     if len(labels) < (2 if classes is None else 1):
         raise UserError(f"{file} has {len(labels)} class(es) in its column {names['label']!r}; at least two are needed")
-    _require_files(file, rows)
+    require_files(file, [str(file.parent / path) for path in rows])
     samples: dict[str, dict[str, Sample]] = {}
     for path, (label, split) in rows.items():
         samples.setdefault(split, {})[path] = (str(file.parent / path), labels.index(label))
@@ -134,12 +133,3 @@ def _sorted(labels: set[str]) -> list[str]:
     """In order; as numbers where all of them are."""
     whole = all(label.removeprefix("-").isdigit() for label in labels)
     return sorted(labels, key=lambda label: (int(label), label)) if whole else sorted(labels)
-
-
-def _require_files(file: Path, rows: Mapping[str, Any]) -> None:
-    absent = [path for path in rows if not os.path.isfile(file.parent / path)]
-    if absent:
-        raise UserError(
-            f"{len(absent):,} of the {len(rows):,} images in {file} are not there, such as {file.parent / absent[0]}; "
-            "paths begin at the table's folder"
-        )

@@ -1,0 +1,172 @@
+"""The sources `vtab` and `fgvc`: the sets of the two benchmarks that SNELL was published on, from their lists.
+
+cifar/train800.txt  cifar/val200.txt  cifar/test.txt        images/train800/000001.jpg 35
+CUB_200_2011/train.json  val.json  test.json                {"001.Albatross/1.jpg": 1, ...}
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from snell_lightning.adapters.errors import UserError
+from snell_lightning.data.splits import Sample, SplitName, Splits, require_files
+
+# Classes of the 19 tasks, in the order in which the benchmark's tables have them.
+VTAB: dict[str, int] = {
+    "cifar": 100,
+    "caltech101": 102,
+    "dtd": 47,
+    "oxford_flowers102": 102,
+    "oxford_iiit_pet": 37,
+    "svhn": 10,
+    "sun397": 397,
+    "patch_camelyon": 2,
+    "eurosat": 10,
+    "resisc45": 45,
+    "diabetic_retinopathy": 5,
+    "clevr_count": 8,
+    "clevr_dist": 6,
+    "dmlab": 6,
+    "kitti": 4,
+    "dsprites_loc": 16,
+    "dsprites_ori": 16,
+    "smallnorb_azi": 18,
+    "smallnorb_ele": 9,
+}
+# Classes of the five sets of FGVC, by how their folders' names begin.
+FGVC: dict[str, int] = {"cub": 200, "nabirds": 555, "oxfordflower": 102, "stanfordcar": 196, "stanforddog": 120}
+_VTAB_FILES: dict[SplitName, str] = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
+_FGVC_FILES: dict[SplitName, str] = {"train": "train.json", "val": "val.json", "test": "test.json"}
+_VTAB_LAYOUT = (
+    "expected ROOT/train800.txt, ROOT/val200.txt and ROOT/test.txt, each with lines `images/NAME.jpg CLASS`, where "
+    f"ROOT is the folder of one of the tasks {', '.join(VTAB)}; the set is VTAB-1k (arXiv 1910.04867), in the form that "
+    "the authors of NOAH give it (github.com/ZhangYuanhan-AI/NOAH)"
+)
+_FGVC_LAYOUT = (
+    "expected ROOT/train.json, ROOT/val.json and ROOT/test.json, each {IMAGE: CLASS, ...}, with the images in ROOT, "
+    "ROOT/images or ROOT/Images, where ROOT is the folder of CUB-200-2011, NABirds, Oxford Flowers, Stanford Cars or "
+    "Stanford Dogs; the lists are those of VPT (github.com/KMnP/vpt), the images are the sets' own"
+)
+
+
+def vtab(
+    root: Path | None,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    fixed: Mapping[str, SplitName] | None = None,
+    classes: Sequence[str] | None = None,
+) -> Splits:
+    """One task of VTAB-1k: 800 images to train on, 200 to select with, and its test images. Classes are numbers.
+
+    Args:
+        root: The task's folder, whose name is the task's.
+        val_fraction: Not needed, as the lists are ready splits; nor are the others.
+        test_fraction: Not needed.
+        seed: Not needed.
+        fixed: Not needed.
+        classes: Not needed, as the task's classes are known.
+
+    Raises:
+        UserError: A list is missing or not of that form, an image is not there, or a class is not one of the task's.
+    """
+    root = _folder_with("vtab", root, _VTAB_FILES, _VTAB_LAYOUT)
+    task = root.resolve().name
+    parts = {split: read_list(root / name, root) for split, name in _VTAB_FILES.items()}
+    known = VTAB.get(task)
+    count = max(label for samples in parts.values() for _, label in samples) + 1 if known is None else known
+    for split, samples in parts.items():
+        if (largest := max(label for _, label in samples)) >= count:
+            raise UserError(
+                f"{root / _VTAB_FILES[split]} has class {largest}, and {task} has the {count} classes 0 to {count - 1}"
+            )
+    notes = (f"{task} is none of VTAB's tasks: {count} classes are taken from its lists",) if known is None else ()
+    names = tuple(str(number) for number in range(count))
+    return Splits(parts["train"], parts["val"], parts["test"], names, notes=notes)
+
+
+def fgvc(
+    root: Path | None,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    fixed: Mapping[str, SplitName] | None = None,
+    classes: Sequence[str] | None = None,
+) -> Splits:
+    """One of the five sets of FGVC, by its lists. Classes are the numbers that the lists have, in order.
+
+    Args:
+        root: The set's folder, whose name begins with the set's.
+        val_fraction: Not needed, as the lists are ready splits; nor are the others.
+        test_fraction: Not needed.
+        seed: Not needed.
+        fixed: Not needed.
+        classes: The model's classes, where they are known.
+
+    Raises:
+        UserError: A list is missing or not of that form, an image is not there, or the classes are not as many as the
+            set has.
+    """
+    root = _folder_with("fgvc", root, _FGVC_FILES, _FGVC_LAYOUT)
+    lists = {split: _read_json(root / name) for split, name in _FGVC_FILES.items()}
+    numbers = sorted({number for listed in lists.values() for number in listed.values()})
+    name = re.sub(r"[^a-z]", "", root.resolve().name.lower())
+    known = next((count for start, count in FGVC.items() if name.startswith(start)), None)
+    if known is not None and known != len(numbers):
+        raise UserError(f"the lists in {root} have {len(numbers)} classes, and this set has {known}; fetch them anew")
+    first = next(iter(lists["train"]))
+    base = next((base for base in (root, root / "images", root / "Images") if (base / first).is_file()), root)
+    labels = {number: label for label, number in enumerate(numbers)}
+    parts: dict[SplitName, list[Sample]] = {}
+    for split, listed in lists.items():
+        parts[split] = [(str(base / path), labels[number]) for path, number in listed.items()]
+        require_files(root / _FGVC_FILES[split], [path for path, _ in parts[split]])
+    notes = () if known else (f"{root.name} is none of FGVC's sets: {len(numbers)} classes are taken from its lists",)
+    return Splits(parts["train"], parts["val"], parts["test"], tuple(map(str, numbers)), notes=notes)
+
+
+def _folder_with(source: str, root: Path | None, files: Mapping[SplitName, str], layout: str) -> Path:
+    """The root, if these files are in it."""
+    if root is None or not root.expanduser().is_dir():
+        what = f"data.source {source} needs data.root" if root is None else f"there is no folder {root}"
+        raise UserError(f"{what}; {layout}")
+    if absent := [name for name in files.values() if not (root.expanduser() / name).is_file()]:
+        raise UserError(f"{root} has no {' and no '.join(absent)}; {layout}")
+    return root.expanduser()
+
+
+def _read_json(file: Path) -> dict[str, int]:
+    """Images and the numbers of their classes."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        listed = {str(path): int(number) for path, number in content.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{file} is not of the form {{IMAGE: CLASS, ...}} with whole numbers as classes") from error
+    if not listed:
+        raise UserError(f"{file} lists no image")
+    return listed
+
+
+def read_list(file: Path, root: Path) -> list[Sample]:
+    """The images of a list, and their labels.
+
+    Args:
+        file: With lines `PATH LABEL`; empty ones do not count.
+        root: Where paths begin.
+
+    Raises:
+        UserError: A line is of another form, there is none, or an image is not there.
+    """
+    samples: list[Sample] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        path, _, label = line.strip().rpartition(" ")
+        if not path and not label:
+            continue
+        if not path or not label.isdecimal():
+            raise UserError(f"{file}, line {number}: {line!r}; expected an image's path and the number of its class")
+        samples.append((str(root / path.strip()), int(label)))
+    if not samples:
+        raise UserError(f"{file} lists no image")
+    require_files(file, [path for path, _ in samples])
+    return samples
