@@ -40,8 +40,8 @@ _VTAB_FILES: dict[SplitName, str] = {"train": "train800.txt", "val": "val200.txt
 _FGVC_FILES: dict[SplitName, str] = {"train": "train.json", "val": "val.json", "test": "test.json"}
 _VTAB_LAYOUT = (
     "expected ROOT/train800.txt, ROOT/val200.txt and ROOT/test.txt, each with lines `images/NAME.jpg CLASS`, where "
-    f"ROOT is the folder of one of the tasks {', '.join(VTAB)}; the set is VTAB-1k (arXiv 1910.04867), in the form that "
-    "the authors of NOAH give it (github.com/ZhangYuanhan-AI/NOAH)"
+    f"ROOT is the folder of one of the tasks {', '.join(VTAB)}; the set is VTAB-1k (arXiv 1910.04867), in the form "
+    "that the authors of NOAH give it (github.com/ZhangYuanhan-AI/NOAH)"
 )
 _FGVC_LAYOUT = (
     "expected ROOT/train.json, ROOT/val.json and ROOT/test.json, each {IMAGE: CLASS, ...}, with the images in ROOT, "
