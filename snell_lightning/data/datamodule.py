@@ -21,7 +21,7 @@ from snell_lightning.data.dataset import ImageDataset, ImageLoader, OnUnreadable
 from snell_lightning.data.digits import digits
 from snell_lightning.data.folder import folder
 from snell_lightning.data.leaks import shared_images
-from snell_lightning.data.lists import fgvc, vtab
+from snell_lightning.data.lists import few_shot, fgvc, vtab
 from snell_lightning.data.samplers import ShardSampler, TrainSampler
 from snell_lightning.data.splits import Sample, Source, SplitName, classes_lacking, listed
 from snell_lightning.data.table import table
@@ -34,7 +34,14 @@ from snell_lightning.data.transforms import (
     require_choice,
 )
 
-SOURCES: dict[str, Source] = {"digits": digits, "folder": folder, "table": table, "vtab": vtab, "fgvc": fgvc}
+SOURCES: dict[str, Source] = {
+    "digits": digits,
+    "folder": folder,
+    "table": table,
+    "vtab": vtab,
+    "fgvc": fgvc,
+    "few_shot": few_shot,
+}
 """Every source by the name that `data.source` takes."""
 
 OnBadImage = Literal["error", "skip"]
@@ -53,9 +60,9 @@ class ImageDataModule(lightning.LightningDataModule):
     Args:
         source: Where images come from: `digits` (1,797 handwritten digits that need no download) or `folder`
             (image files in one folder per class), `table` (images and labels listed in a CSV, TSV or Parquet file)
-            or `vtab` or `fgvc` (one of the sets of these benchmarks, by its lists).
-        root: The folder with the images, the table, or the set's folder. For `folder` it holds train/CLASS/IMAGE
-            with val and test beside train, or CLASS/IMAGE.
+            or `vtab`, `fgvc` or `few_shot` (one of the sets of these benchmarks, by its lists).
+        root: The folder with the images, the table, or the set's folder or list. For `folder` it holds
+            train/CLASS/IMAGE with val and test beside train, or CLASS/IMAGE.
         columns: Of a table: the names of its columns `path`, `label` and `split`, where they are called otherwise.
         classes: Class names in the order of the model's outputs; by default the classes that are found, sorted. With
             an adapter file or a checkpoint they are those that it was trained on.

@@ -1,7 +1,8 @@
-"""The sources `vtab` and `fgvc`: the sets of the two benchmarks that SNELL was published on, from their lists.
+"""The sources `vtab`, `fgvc` and `few_shot`: sets of published benchmarks, from their lists.
 
-cifar/train800.txt  cifar/val200.txt  cifar/test.txt        images/train800/000001.jpg 35
-CUB_200_2011/train.json  val.json  test.json                {"001.Albatross/1.jpg": 1, ...}
+cifar/train800.txt  val200.txt  test.txt                 images/train800/000001.jpg 35
+CUB_200_2011/train.json  val.json  test.json             {"001.Albatross/1.jpg": 1, ...}
+food101/annotations/train_meta.list.num_shot_4.seed_0    apple_pie/1.jpg 0
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from snell_lightning.adapters.errors import UserError
-from snell_lightning.data.splits import Sample, SplitName, Splits, require_files
+from snell_lightning.data.splits import Sample, SplitName, Splits, listed, require_files
 
 # Classes of the 19 tasks, in the order in which the benchmark's tables have them.
 VTAB: dict[str, int] = {
@@ -47,6 +48,11 @@ _FGVC_LAYOUT = (
     "expected ROOT/train.json, ROOT/val.json and ROOT/test.json, each {IMAGE: CLASS, ...}, with the images in ROOT, "
     "ROOT/images or ROOT/Images, where ROOT is the folder of CUB-200-2011, NABirds, Oxford Flowers, Stanford Cars or "
     "Stanford Dogs; the lists are those of VPT (github.com/KMnP/vpt), the images are the sets' own"
+)
+_FEW_SHOT_LAYOUT = (
+    "the list SET/annotations/train_meta.list.num_shot_N.seed_S, with val_meta.list and test_meta.list beside it, each "
+    "with lines `NAME.jpg CLASS`, and the images in SET or SET/images; the lists are those of the authors of NOAH "
+    "(github.com/ZhangYuanhan-AI/NOAH), the images are the sets' own"
 )
 
 
@@ -110,20 +116,68 @@ def fgvc(
     """
     root = _folder_with("fgvc", root, _FGVC_FILES, _FGVC_LAYOUT)
     lists = {split: _read_json(root / name) for split, name in _FGVC_FILES.items()}
-    numbers = sorted({number for listed in lists.values() for number in listed.values()})
+    numbers = sorted({number for entries in lists.values() for number in entries.values()})
     name = re.sub(r"[^a-z]", "", root.resolve().name.lower())
     known = next((count for start, count in FGVC.items() if name.startswith(start)), None)
     if known is not None and known != len(numbers):
         raise UserError(f"the lists in {root} have {len(numbers)} classes, and this set has {known}; fetch them anew")
-    first = next(iter(lists["train"]))
-    base = next((base for base in (root, root / "images", root / "Images") if (base / first).is_file()), root)
+    base = _base(root, next(iter(lists["train"])))
     labels = {number: label for label, number in enumerate(numbers)}
     parts: dict[SplitName, list[Sample]] = {}
-    for split, listed in lists.items():
-        parts[split] = [(str(base / path), labels[number]) for path, number in listed.items()]
+    for split, entries in lists.items():
+        parts[split] = [(str(base / path), labels[number]) for path, number in entries.items()]
         require_files(root / _FGVC_FILES[split], [path for path, _ in parts[split]])
     notes = () if known else (f"{root.name} is none of FGVC's sets: {len(numbers)} classes are taken from its lists",)
     return Splits(parts["train"], parts["val"], parts["test"], tuple(map(str, numbers)), notes=notes)
+
+
+def few_shot(
+    root: Path | None,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    fixed: Mapping[str, SplitName] | None = None,
+    classes: Sequence[str] | None = None,
+) -> Splits:
+    """A few images of each class to train on, with the lists of validation and test images beside theirs.
+
+    Args:
+        root: The list of the images to train on, `SET/annotations/train_meta.list.num_shot_N.seed_S`.
+        val_fraction: Not needed, as the lists are ready splits; nor are the others.
+        test_fraction: Not needed.
+        seed: Not needed: the list's name has its own.
+        fixed: Not needed.
+        classes: Not needed.
+
+    Raises:
+        UserError: A list is missing or not of that form, an image is not there, or a class is not trained on.
+    """
+    if root is None or not root.expanduser().is_file():
+        found = [] if root is None else sorted(root.expanduser().rglob("train_meta.list.num_shot_*.seed_*"))
+        there = f"; there are {listed([str(path) for path in found])}" if found else ""
+        raise UserError(f"data.source few_shot needs as data.root {_FEW_SHOT_LAYOUT}{there}")
+    file = root.expanduser()
+    folder = file.resolve().parent.parent
+    files: dict[SplitName, Path] = {
+        "train": file,
+        "val": file.parent / "val_meta.list",
+        "test": file.parent / "test_meta.list",
+    }
+    if absent := [path for path in files.values() if not path.is_file()]:
+        raise UserError(f"{absent[0]} is missing beside {file.name}; expected {_FEW_SHOT_LAYOUT}")
+    first = file.read_text(encoding="utf-8").partition("\n")[0].strip().rpartition(" ")[0]
+    base = _base(folder, first)
+    parts = {split: read_list(path, base) for split, path in files.items()}
+    count = max(label for _, label in parts["train"]) + 1
+    for split, samples in parts.items():
+        if (largest := max(label for _, label in samples)) >= count:
+            raise UserError(f"{files[split]} has class {largest}, and {file.name} trains 0 to {count - 1}")
+    return Splits(parts["train"], parts["val"], parts["test"], tuple(map(str, range(count))))
+
+
+def _base(root: Path, first: str) -> Path:
+    """Where a set's images lie: in its folder, or in `images` or `Images` there."""
+    return next((base for base in (root, root / "images", root / "Images") if (base / first).is_file()), root)
 
 
 def _folder_with(source: str, root: Path | None, files: Mapping[SplitName, str], layout: str) -> Path:
@@ -140,12 +194,12 @@ def _read_json(file: Path) -> dict[str, int]:
     """Images and the numbers of their classes."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        listed = {str(path): int(number) for path, number in content.items()}
+        entries = {str(path): int(number) for path, number in content.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{file} is not of the form {{IMAGE: CLASS, ...}} with whole numbers as classes") from error
-    if not listed:
+    if not entries:
         raise UserError(f"{file} lists no image")
-    return listed
+    return entries
 
 
 def read_list(file: Path, root: Path) -> list[Sample]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.data import ImageDataModule
-from snell_lightning.data.lists import FGVC, VTAB, fgvc, vtab
+from snell_lightning.data.lists import FGVC, VTAB, few_shot, fgvc, vtab
 
 Change = Callable[[Path], object]
 
@@ -132,3 +132,35 @@ def test_fgvc_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
 
 def test_there_are_19_tasks_and_five_sets() -> None:
     assert (len(VTAB), len(FGVC)) == (19, 5)
+
+
+@pytest.mark.parametrize("images", ["images", "."])
+def test_few_shot_lists(tmp_path: Path, images: str) -> None:
+    root = tmp_path / "food101"
+    (root / "annotations").mkdir(parents=True)
+    lists = {"train_meta.list.num_shot_2.seed_1": 4, "val_meta.list": 2, "test_meta.list": 6}
+    for name, count in lists.items():
+        lines = []
+        for number in range(count):
+            path = root / images / "an apple pie" / f"{name}{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4)).save(path)
+            lines.append(f"an apple pie/{path.name} {number % 2}")
+        (root / "annotations" / name).write_text("\n".join(lines))
+    file = root / "annotations" / "train_meta.list.num_shot_2.seed_1"
+
+    splits = few_shot(file, 0.15, 0.25, 0)
+
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (4, 2, 6)
+    assert (splits.classes, [label for _, label in splits.train]) == (("0", "1"), [0, 1, 0, 1])
+    assert splits.open_image(splits.test[3][0]).size == (4, 4)
+    with pytest.raises(UserError, match=r"needs as data.root the list .*; there are .*num_shot_2.seed_1"):
+        few_shot(root, 0.15, 0.25, 0)
+    with pytest.raises(UserError, match=r"needs as data.root the list SET/annotations"):
+        few_shot(None, 0.15, 0.25, 0)
+    (root / "annotations" / "test_meta.list").write_text("an apple pie/val_meta.list0.jpg 2")
+    with pytest.raises(UserError, match=r"test_meta.list has class 2, and .* trains 0 to 1"):
+        few_shot(file, 0.15, 0.25, 0)
+    (root / "annotations" / "val_meta.list").unlink()
+    with pytest.raises(UserError, match=r"val_meta.list is missing beside train_meta"):
+        few_shot(file, 0.15, 0.25, 0)
