@@ -25,6 +25,7 @@ from snell_lightning.data.lists import few_shot, fgvc, vtab
 from snell_lightning.data.samplers import ShardSampler, TrainSampler
 from snell_lightning.data.splits import Sample, Source, SplitName, classes_lacking, listed
 from snell_lightning.data.table import table
+from snell_lightning.data.torchvision_sets import torchvision_set
 from snell_lightning.data.transforms import (
     Augmentation,
     Normalization,
@@ -60,10 +61,12 @@ class ImageDataModule(lightning.LightningDataModule):
     Args:
         source: Where images come from: `digits` (1,797 handwritten digits that need no download) or `folder`
             (image files in one folder per class), `table` (images and labels listed in a CSV, TSV or Parquet file)
-            or `vtab`, `fgvc` or `few_shot` (one of the sets of these benchmarks, by its lists).
+            or `vtab`, `fgvc` or `few_shot` (one of the sets of these benchmarks, by its lists),
+            or `torchvision:NAME` (one of torchvision's sets, such as `torchvision:Flowers102`).
         root: The folder with the images, the table, or the set's folder or list. For `folder` it holds
             train/CLASS/IMAGE with val and test beside train, or CLASS/IMAGE.
         columns: Of a table: the names of its columns `path`, `label` and `split`, where they are called otherwise.
+        download: Fetch a set of torchvision's into the root.
         classes: Class names in the order of the model's outputs; by default the classes that are found, sorted. With
             an adapter file or a checkpoint they are those that it was trained on.
         backbone: timm name of the backbone, whose own configuration gives image size, normalisation and
@@ -102,6 +105,7 @@ class ImageDataModule(lightning.LightningDataModule):
         root: str | None = None,
         classes: list[str] | None = None,
         columns: dict[str, str] | None = None,
+        download: bool = False,
         backbone: str = EMBEDDED_BACKBONE,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
@@ -118,7 +122,9 @@ class ImageDataModule(lightning.LightningDataModule):
         on_bad_image: OnBadImage = "error",
     ) -> None:
         super().__init__()
-        require_choice("source", source, tuple(SOURCES))
+        kind, _, set_name = source.partition(":")
+        if kind != "torchvision":
+            require_choice("source", source, (*SOURCES, "torchvision:NAME"))
         require_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
         require_choice("eval_split", eval_split, get_args(EvalSplit))
         require_choice("class_weights", class_weights, get_args(ClassWeights))
@@ -151,7 +157,13 @@ class ImageDataModule(lightning.LightningDataModule):
             raise UserError(f"data.classes names a class twice: {', '.join(classes)}")
         if columns is not None and source != "table":
             raise UserError(f"data.columns is for data.source table, not {source}")
-        find = SOURCES[source] if columns is None else partial(table, columns=columns)
+        if download and kind != "torchvision":
+            raise UserError(f"data.download is for data.source torchvision:NAME, not {source}")
+        find: Source
+        if kind == "torchvision":
+            find = partial(torchvision_set, set_name, download)
+        else:
+            find = SOURCES[source] if columns is None else partial(table, columns=columns)
         splits = find(path, val_fraction, test_fraction, seed, fixed_splits, classes)
         self.splits = splits if classes is None else splits.with_classes(classes)
         self._told = False
