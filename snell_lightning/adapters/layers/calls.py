@@ -39,9 +39,8 @@ class CalledInstead(TorchFunctionMode):
         """Call the layer, or the function as it is. What is called within is not looked at."""
         kwargs = kwargs or {}
         if func is F.linear:
-            x, weight, bias = (*args, *(kwargs[name] for name in ("input", "weight", "bias") if name in kwargs), None)[
-                :3
-            ]
+            rest = ("input", "weight", "bias")[len(args) :]
+            x, weight, bias = (*args, *(kwargs.get(name) for name in rest))
             name, layer = self._named.get(id(weight), ("", None))
             if layer is not None and id(layer) not in self._inside:
                 self.met.add(name)
