@@ -92,8 +92,8 @@ def explain(model: nn.Module, config: SnellConfig) -> list[Choice]:
     open_attention(model)
     try:
         found = [
-            Choice(plain_name(full), " -> ".join(map(str, reversed(module.weight.shape[:2]))), pattern is not None, why)
-            for full, module, pattern, why in _choices(model, config)
+            Choice(plain_name(full), " -> ".join(map(str, reversed(module.weight.shape[:2]))), fits, why)
+            for full, module, _, fits, why in _choices(model, config)
         ]
     finally:
         close_attention(model)
@@ -108,23 +108,19 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     left: dict[str, str] = {}
     matched: set[str] = set()
-    for full, module, pattern, why in _choices(model, config):
+    for full, module, pattern, fits, why in _choices(model, config):
         name = plain_name(full)
-        if pattern is not None:
+        if pattern is None:
+            continue
+        if fits:
             layers[full] = module
             matched.update(other for other in config.targets or () if re.search(other, name))
-        elif (
-            config.targets is not None
-            and (named := matching(config.targets, name))
-            and why == why_not_adaptable(module)
-        ):
+        elif config.targets is not None:
             raise UserError(
-                f"targets pattern {named!r} names {name}, which cannot be adapted: {why}; "
+                f"targets pattern {pattern!r} names {name}, which cannot be adapted: {why}; "
                 "narrow the pattern, or name the layer in exclude"
             )
-        elif why == why_not_adaptable(module) and (
-            isinstance(module, nn.Linear) or tuple(module.kernel_size) == (1, 1)
-        ):
+        elif isinstance(module, nn.Linear) or tuple(module.kernel_size) == (1, 1):
             left[name] = why
     check_all_matched("targets", config.targets or (), matched, model)
     if not layers:
@@ -143,8 +139,8 @@ def find_targets(model: nn.Module, config: SnellConfig) -> dict[str, Layer]:
     return layers
 
 
-def _choices(model: nn.Module, config: SnellConfig) -> Iterator[tuple[str, Layer, str | None, str]]:
-    """Each linear layer and convolution by name, what has it adapted (a pattern, or `""` for the default), and why."""
+def _choices(model: nn.Module, config: SnellConfig) -> Iterator[tuple[str, Layer, str | None, bool, str]]:
+    """Each linear layer and convolution by name, what takes it (a pattern; `""` by default), if it fits, why."""
     head_names = tuple(heads(model))
     numbered = numbered_blocks(model)
     for full, module in model.named_modules():
@@ -158,21 +154,20 @@ def _choices(model: nn.Module, config: SnellConfig) -> Iterator[tuple[str, Layer
         excluded = matching(config.exclude, name)
         pattern = None if config.targets is None else matching(config.targets, name)
         if any(name == head or name.startswith(head + ".") for head in head_names):
-            yield full, module, None, "it is the classifier, which is trained as a whole"
+            yield full, module, None, False, "it is the classifier, which is trained as a whole"
         elif excluded is not None:
-            yield full, module, None, f"exclude {excluded!r} names it"
+            yield full, module, None, False, f"exclude {excluded!r} names it"
         elif config.targets is not None and pattern is None:
-            yield full, module, None, "no pattern of targets names it"
+            yield full, module, None, False, "no pattern of targets names it"
         elif config.targets is None and block is None:
-            yield full, module, None, "it is in no numbered block"
+            yield full, module, None, False, "it is in no numbered block"
         elif config.targets is None and (part is not None or within in _NO_BLOCKS):
-            yield full, module, None, f"it is in {part or within}, which is not taken for part of a block"
+            yield full, module, None, False, f"it is in {part or within}, which is not taken for part of a block"
         elif reason := why_not_adaptable(module):
-            yield full, module, None, reason
-        elif pattern is not None:
-            yield full, module, pattern, f"targets {pattern!r} names it"
+            yield full, module, pattern or "", False, reason
         else:
-            yield full, module, "", f"it is in block {block}"
+            why = f"it is in block {block}" if pattern is None else f"targets {pattern!r} names it"
+            yield full, module, pattern or "", True, why
 
 
 def _tell_small_share(model: nn.Module, layers: Mapping[str, Layer]) -> None:

@@ -22,7 +22,7 @@ from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones.embedded import EMBEDDED_BACKBONE  # and registers it with timm
 from snell_lightning.backbones.published import load_weights
 from snell_lightning.backbones.resample import fit
-from snell_lightning.backbones.sizes import ImageSize, pixels, sides, sizes_near, takes
+from snell_lightning.backbones.sizes import ImageSize, as_size, pixels, sides, sizes_near, takes
 
 _OFFLINE_CHOICES = (
     f"offline choices: the embedded backbone {EMBEDDED_BACKBONE}, a timm checkpoint folder as local-dir:PATH, "
@@ -55,15 +55,13 @@ def create_backbone(
         UserError: The name is unknown, has no pretrained weights though they were asked for, the weights cannot be
             had or do not fit the model or the image size, or an argument does not fit the model.
     """
-    if image_size is not None:
-        height, width = sides(image_size)
-        image_size = height if height == width else (height, width)
+    image_size = None if image_size is None else as_size(image_size)
     if weights is not None:
         if not pretrained:
             raise UserError(f"pretrained is false, and weights names {weights}; leave one of them out")
-        model = create_backbone(name, num_classes, False, image_size, **arguments)
+        model: Any = create_backbone(name, num_classes, False, image_size, **arguments)
         # Beside timm's own `pretrained_cfg`, for whoever wants to say where the weights are from.
-        model.loaded_weights = load_weights(model, weights, name)  # type: ignore[assignment]
+        model.loaded_weights = load_weights(model, weights, name)
         return model
     config = _pretrained_config(name)
     if pretrained and not _has_weights(config):
@@ -118,8 +116,8 @@ def require_image_size(name: str, model: nn.Module, image_size: ImageSize) -> No
         UserError: It does not.
     """
     # What the model itself carries: a look-up by name may ask the hub once more.
-    own: Any = model.pretrained_cfg["input_size"]  # type: ignore[index]
-    if tuple(own[1:]) != sides(image_size) and (error := takes(model, image_size)):
+    known: Any = model.pretrained_cfg
+    if tuple(known["input_size"][1:]) != sides(image_size) and (error := takes(model, image_size)):
         raise UserError(_other_size(name, image_size, error, {})) from error
 
 

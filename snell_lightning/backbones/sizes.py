@@ -30,6 +30,12 @@ def sides(size: ImageSize | Sequence[int]) -> tuple[int, int]:
     return found
 
 
+def as_size(size: ImageSize | Sequence[int]) -> ImageSize:
+    """One number for a square, else height and width."""
+    height, width = sides(size)
+    return height if height == width else (height, width)
+
+
 def pixels(size: ImageSize | Sequence[int]) -> str:
     """As people write it: `224 x 320`."""
     return " x ".join(map(str, sides(size)))
@@ -60,7 +66,7 @@ def sizes_near(size: ImageSize, create: Callable[[ImageSize], Any]) -> list[Imag
 
     def moved(step: int, up: bool) -> ImageSize:
         rounded = [max(1, side // step + (up and side % step > 0)) * step for side in (height, width)]
-        return rounded[0] if height == width else (rounded[0], rounded[1])
+        return as_size(rounded)
 
     found = []
     for up in (False, True):

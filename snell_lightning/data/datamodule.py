@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones import EMBEDDED_BACKBONE
-from snell_lightning.backbones.sizes import ImageSize, pixels, sides
+from snell_lightning.backbones.sizes import ImageSize, as_size, pixels
 from snell_lightning.data.dataset import ImageDataset, ImageLoader, OnUnreadable, image_loader
 from snell_lightning.data.digits import digits
 from snell_lightning.data.folder import folder
@@ -142,7 +142,7 @@ class ImageDataModule(lightning.LightningDataModule):
         from snell_lightning.backbones import data_config
 
         config = data_config(backbone)
-        self.image_size = _image_size(config["input_size"][1:], image_size)
+        self.image_size = as_size(config["input_size"][1:] if image_size is None else image_size)
         self.normalization = Normalization.resolve(normalization, config)
         self.train_transform, self.eval_transform = build_transforms(
             config, augmentation, normalization, self.image_size
@@ -355,9 +355,3 @@ def _require_fractions(val_fraction: float, test_fraction: float) -> None:
             f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave nothing to train "
             "on; expected a sum below 1"
         )
-
-
-def _image_size(own: Sequence[int], image_size: ImageSize | None) -> ImageSize:
-    """The size asked for, or else the backbone's own; of a square one number."""
-    height, width = sides(tuple(own) if image_size is None else image_size)
-    return height if height == width else (height, width)
