@@ -21,7 +21,7 @@ from pathlib import Path
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.data.listing import Listing, folders_in, has_images
-from snell_lightning.data.splits import Sample, SplitName, Splits, as_splits, classes_lacking, listed
+from snell_lightning.data.splits import Sample, SplitName, Splits, as_splits, lacking, listed
 
 # Besides these, `train_set`, `TestImages` and the like are recognised.
 SPELLINGS: dict[SplitName, tuple[str, ...]] = {
@@ -78,12 +78,7 @@ def folder(
     names = tuple(sorted({name for folders in parts.values() for name in folders}))
     samples = {name: _samples(root, folders, names, listing) for name, folders in parts.items()}
     splits = as_splits(samples, names, (val_fraction, test_fraction, seed), fixed)
-    lacking = [
-        f"no {name} image of {listed(absent, 5)}"
-        for name in ("train", "val", "test")
-        if (part := getattr(splits, name)) and (absent := classes_lacking(part, names))
-    ]
-    notes += listing.notes() + lacking
+    notes += listing.notes() + lacking(splits)
     return replace(splits, notes=tuple(notes))
 
 

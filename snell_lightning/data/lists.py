@@ -3,12 +3,15 @@
 cifar/train800.txt  val200.txt  test.txt                 images/train800/000001.jpg 35
 CUB_200_2011/train.json  val.json  test.json             {"001.Albatross/1.jpg": 1, ...}
 food101/annotations/train_meta.list.num_shot_4.seed_0    apple_pie/1.jpg 0
+
+The lists are ready splits, so that what other sources are told of splitting is of no use here.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.data.splits import Sample, SplitName, Splits, listed, require_files
@@ -56,23 +59,11 @@ _FEW_SHOT_LAYOUT = (
 )
 
 
-def vtab(
-    root: Path | None,
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
-    fixed: Mapping[str, SplitName] | None = None,
-    classes: Sequence[str] | None = None,
-) -> Splits:
+def vtab(root: Path | None, *_: Any, **__: Any) -> Splits:
     """One task of VTAB-1k: 800 images to train on, 200 to select with, and its test images. Classes are numbers.
 
     Args:
         root: The task's folder, whose name is the task's.
-        val_fraction: Not needed, as the lists are ready splits; nor are the others.
-        test_fraction: Not needed.
-        seed: Not needed.
-        fixed: Not needed.
-        classes: Not needed, as the task's classes are known.
 
     Raises:
         UserError: A list is missing or not of that form, an image is not there, or a class is not one of the task's.
@@ -92,23 +83,11 @@ def vtab(
     return Splits(parts["train"], parts["val"], parts["test"], names, notes=notes)
 
 
-def fgvc(
-    root: Path | None,
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
-    fixed: Mapping[str, SplitName] | None = None,
-    classes: Sequence[str] | None = None,
-) -> Splits:
+def fgvc(root: Path | None, *_: Any, **__: Any) -> Splits:
     """One of the five sets of FGVC, by its lists. Classes are the numbers that the lists have, in order.
 
     Args:
         root: The set's folder, whose name begins with the set's.
-        val_fraction: Not needed, as the lists are ready splits; nor are the others.
-        test_fraction: Not needed.
-        seed: Not needed.
-        fixed: Not needed.
-        classes: The model's classes, where they are known.
 
     Raises:
         UserError: A list is missing or not of that form, an image is not there, or the classes are not as many as the
@@ -131,23 +110,11 @@ def fgvc(
     return Splits(parts["train"], parts["val"], parts["test"], tuple(map(str, numbers)), notes=notes)
 
 
-def few_shot(
-    root: Path | None,
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
-    fixed: Mapping[str, SplitName] | None = None,
-    classes: Sequence[str] | None = None,
-) -> Splits:
+def few_shot(root: Path | None, *_: Any, **__: Any) -> Splits:
     """A few images of each class to train on, with the lists of validation and test images beside theirs.
 
     Args:
         root: The list of the images to train on, `SET/annotations/train_meta.list.num_shot_N.seed_S`.
-        val_fraction: Not needed, as the lists are ready splits; nor are the others.
-        test_fraction: Not needed.
-        seed: Not needed: the list's name has its own.
-        fixed: Not needed.
-        classes: Not needed.
 
     Raises:
         UserError: A list is missing or not of that form, an image is not there, or a class is not trained on.

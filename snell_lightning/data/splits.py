@@ -167,6 +167,15 @@ def as_splits(
     return Splits(parts["train"], parts["val"], test, classes, by_fractions=True, fixed=moves)
 
 
+def lacking(splits: Splits) -> list[str]:
+    """A line for each split that has images, and none of some class."""
+    return [
+        f"no {name} image of {listed(absent, 5)}"
+        for name in ("train", "val", "test")
+        if (part := getattr(splits, name)) and (absent := classes_lacking(part, splits.classes))
+    ]
+
+
 def require_files(file: Path, paths: Sequence[str]) -> None:
     """Raise unless the images that a file lists are there.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.data.folder import split_named
-from snell_lightning.data.splits import Sample, SplitName, Splits, as_splits, classes_lacking, listed, require_files
+from snell_lightning.data.splits import Sample, SplitName, Splits, as_splits, lacking, require_files
 
 COLUMNS = {"path": "path", "label": "label", "split": "split"}
 _DELIMITERS = {".csv": ",;", ".tsv": "\t", ".txt": ",;\t"}
@@ -76,12 +76,7 @@ def table(
     for path, (label, split) in rows.items():
         samples.setdefault(split, {})[path] = (str(file.parent / path), labels.index(label))
     splits = as_splits(samples, tuple(labels), (val_fraction, test_fraction, seed), fixed)
-    notes += [
-        f"no {name} image of {listed(absent, 5)}"
-        for name in ("train", "val", "test")
-        if (part := getattr(splits, name)) and (absent := classes_lacking(part, labels))
-    ]
-    return replace(splits, notes=tuple(notes))
+    return replace(splits, notes=(*notes, *lacking(splits)))
 
 
 def _rows(file: Path, names: Mapping[str, str], needs_split: bool) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """The `torchvision:NAME` sources: torchvision's own image-classification sets, downloaded where that is asked for."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,7 @@ def torchvision_set(
     if len(names) != count or len(set(names)) < count:
         names = [str(number) for number in range(count)]
     splits = as_splits(samples, tuple(names), (val_fraction, test_fraction, seed), fixed)
-    return Splits(
-        splits.train, splits.val, splits.test, splits.classes, OpenFrom(made), (), splits.by_fractions, splits.fixed
-    )
+    return replace(splits, open_image=OpenFrom(made))
 
 
 def _labels(name: str, dataset: Any) -> list[int]:
