@@ -1,6 +1,6 @@
 """The command line: shipped configs, what beats what, and errors of one line.
 
-    python -m snell_lightning {fit,validate,test,predict,memory} --config vit.yaml [--config MORE.yaml] [--KEY VALUE]
+    python -m snell_lightning fit --config vit.yaml [--config MORE.yaml ...] [--KEY VALUE ...]
 
 What is given later wins: built-in defaults, then configs from left to right, then the settings a checkpoint was made
 with (where `--ckpt_path` names one), then values on the command line, wherever they stand.
@@ -87,6 +87,9 @@ def make_cli(arguments: Sequence[str], run: bool = True) -> "SnellCLI":
     if run and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         raise UserError(f"there is no command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}")
     _quieten()
+    if run and arguments[0] == "check-data":
+        # Lightning's verbs are names of methods.
+        arguments = ["check_data", *arguments[1:]]
     if run and is_own(arguments):
         run_own(arguments)
         raise SystemExit(0)

@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "Write each image's classes and their probabilities to a table.",
     "merge": "Write the tuned model as a plain one, for timm, ONNX or torch.export.",
     "memory": "Plan the memory of a training step without running one.",
+    "check-data": "Look at every image: what is missing, unreadable, there twice or odd.",
 }
 _CONFIG = {
     "--config FILE": "a job or an overlay, shipped or yours; several are merged left to right",
@@ -85,6 +86,13 @@ KEYS = {
         **_MODEL,
         "--data.batch_size N": "images per step and process",
         "--trainer.precision KIND": "32-true, bf16-mixed, 16-mixed",
+    },
+    "check-data": {
+        **_CONFIG,
+        "--data.root FOLDER": _DATA["--data.root FOLDER"],
+        "--data.source NAME": "folder, table, vtab, fgvc, few_shot or torchvision:NAME",
+        "--output FILE": "writes all of it as JSON too",
+        "--workers N": "processes that read images, if not one for each processor",
     },
 }
 

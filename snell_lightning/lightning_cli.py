@@ -17,12 +17,16 @@ from snell_lightning.arguments import slurm_job, tell
 from snell_lightning.callbacks import AdapterCheckpoint, ClassReport, FiniteLoss, PredictionWriter, SnellMonitor
 from snell_lightning.checks import check_trainer_settings, check_training
 from snell_lightning.data import ImageDataModule
+from snell_lightning.data.datamodule import DataToCheck
 from snell_lightning.help import COMMANDS, PROGRAM, TITLE
 from snell_lightning.launch import adopt, join, launched, require_agreement, untried
 from snell_lightning.messages import ConfigError, one_line
 from snell_lightning.module import ImageClassifier, check_training_settings
 from snell_lightning.runs import CONFIG, Run, root_of, short
 from snell_lightning.trainer import SnellTrainer
+
+# Verbs that neither train nor evaluate.
+_PLANS = ("memory", "check_data")
 
 
 class SnellParser(LightningArgumentParser):
@@ -77,7 +81,7 @@ class SnellCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's commands and our own, with the arguments that are not the user's to give."""
         own = {command: LightningCLI.subcommands()[command] | {"verbose"} for command in ("validate", "test")}
-        return {**LightningCLI.subcommands(), **own, "memory": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), **own, **{verb: {"model", "datamodule"} for verb in _PLANS}}
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """The arguments of a verb; the table of scores is `SnellMonitor`'s instead of lightning's."""
@@ -99,11 +103,13 @@ class SnellCLI(LightningCLI):
         check_training_settings(model.warmup, model.layer_decay, model.label_smoothing, model.mixup, model.cutmix)
         if model.adapter is not None:
             SnellConfig(**model.adapter)
-        if self.subcommand == "memory":
-            # For a plan the model is described, not made.
+        if self.subcommand in _PLANS:
+            # Here the model is described, not made.
             self.parser.add_instantiator(self._describe, ImageClassifier, subclasses=False, prepend=True)
             # Nothing runs: a job for eight GPUs is planned on a machine without one.
-            trainer = self.config.memory.trainer
+            if self.subcommand == "check_data":
+                self.parser.add_instantiator(_to_check, ImageDataModule, subclasses=False, prepend=True)
+            trainer = self.config[self.subcommand].trainer
             self._planned_precision = trainer.precision or "32-true"
             trainer.precision, trainer.accelerator, trainer.devices = None, "cpu", 1
             trainer.num_nodes, trainer.strategy, trainer.logger = 1, "auto", False
@@ -131,7 +137,7 @@ class SnellCLI(LightningCLI):
             kwargs["enable_checkpointing"] = True
         trainer = super().instantiate_trainer(**{**self._launch, **kwargs})
         assert isinstance(trainer, SnellTrainer)
-        if self.subcommand != "memory":
+        if self.subcommand not in _PLANS:
             require_agreement(trainer.world_size)
         trainer.prepare(Run(root_of(settings), self._run_name(settings), self._facts, self._continued))
         return trainer
@@ -181,13 +187,17 @@ class SnellCLI(LightningCLI):
             adapter=settings["adapter"],
             precision=self._planned_precision,
             backbone_dtype=settings["backbone_dtype"],
-            image_size=self.config.memory.data.image_size,
+            image_size=self.config[self.subcommand].data.image_size,
             backbone_args=settings["backbone_args"] or {},
             optimizer=settings["optimizer"],
         )
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's settings were put below the command line's by `arrange_arguments` already."""
+
+
+def _to_check(_: type, **settings: Any) -> DataToCheck:
+    return DataToCheck(**settings)
 
 
 def _unwritable(error: OSError, run: Run) -> str:
@@ -244,7 +254,7 @@ def run_cli(
         parser_kwargs={
             "description": TITLE,
             "prog": PROGRAM,
-            **{command: {"description": COMMANDS[command]} for command in SnellCLI.subcommands()},
+            **{verb: {"description": COMMANDS[verb.replace("_", "-")]} for verb in SnellCLI.subcommands()},
         },
         auto_configure_optimizers=False,
         run=run,

@@ -123,6 +123,29 @@ class SnellTrainer(Trainer):
 
         report(model, datamodule.batch_size, None if budget is None else parse_bytes(budget))
 
+    def check_data(
+        self, model: Any, datamodule: ImageDataModule, output: str | None = None, workers: int | None = None
+    ) -> None:
+        """Look at every image before it is trained on.
+
+        Prints how many there are of each class and split, and which are missing, unreadable, there twice or odd. Ends
+        with status 1 if training would stop at one of them, or a score would be wrong.
+
+        Args:
+            model: The job, as `SnellCLI` describes it for this verb.
+            datamodule: Its data.
+            output: A JSON file to write all of it to.
+            workers: Processes that read images; by default one for each processor.
+        """
+        from snell_lightning.data.check import check, print_report, write_report
+
+        checked = check(datamodule.splits, datamodule.image_size, datamodule.root, workers)
+        print_report(checked)
+        if output is not None:
+            write_report(checked, Path(output))
+        if checked.errors:
+            raise SystemExit(1)
+
     def _agree_to_stop(self) -> None:
         """Between two steps of several processes: one that was told to stop stops all, at the same step.
 

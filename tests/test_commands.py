@@ -24,7 +24,7 @@ def commands(path: Path) -> list[str]:
     """What follows the program's name, an image's or a batch script's on the lines of a file, or stands in JOB."""
     text = re.sub(r"\\\n[# ]*", "", path.read_text(encoding="utf-8"))
     program = r"(?:-m snell_lightning|snell_lightning:\w+|\.sbatch|JOB=\")"
-    return re.findall(program + r" ?((?:fit|validate|test|predict|merge|memory) [^`\n\"]*)", text)
+    return re.findall(program + r" ?((?:fit|validate|test|predict|merge|memory|check-data) [^`\n\"]*)", text)
 
 
 ALL = [(path.relative_to(ROOT).as_posix(), command) for path in SHOWN for command in commands(path)]

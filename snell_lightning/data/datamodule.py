@@ -23,7 +23,7 @@ from snell_lightning.data.folder import folder
 from snell_lightning.data.leaks import shared_images
 from snell_lightning.data.lists import few_shot, fgvc, vtab
 from snell_lightning.data.samplers import ShardSampler, TrainSampler
-from snell_lightning.data.splits import Sample, Source, SplitName, classes_lacking, listed
+from snell_lightning.data.splits import Sample, Source, SplitName, Splits, classes_lacking, listed
 from snell_lightning.data.table import table
 from snell_lightning.data.torchvision_sets import torchvision_set
 from snell_lightning.data.transforms import (
@@ -152,7 +152,7 @@ class ImageDataModule(lightning.LightningDataModule):
             "crop_pct": config["crop_pct"] if cropped else None,
             "interpolation": config["interpolation"] if cropped else "bicubic",
         }
-        path = Path(root) if root is not None else None
+        self.root = path = Path(root) if root is not None else None
         if classes is not None and len(set(classes)) < len(classes):
             raise UserError(f"data.classes names a class twice: {', '.join(classes)}")
         if columns is not None and source != "table":
@@ -165,8 +165,12 @@ class ImageDataModule(lightning.LightningDataModule):
         else:
             find = SOURCES[source] if columns is None else partial(table, columns=columns)
         splits = find(path, val_fraction, test_fraction, seed, fixed_splits, classes)
+        self._require_files(splits)
         self.splits = splits if classes is None else splits.with_classes(classes)
         self._told = False
+
+    def _require_files(self, splits: Splits) -> None:
+        splits.require_files()
 
     @property
     def num_classes(self) -> int:
@@ -355,3 +359,10 @@ def _require_fractions(val_fraction: float, test_fraction: float) -> None:
             f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave nothing to train "
             "on; expected a sum below 1"
         )
+
+
+class DataToCheck(ImageDataModule):
+    """Data whose files may be missing: `check-data` finds out which."""
+
+    def _require_files(self, splits: Splits) -> None:
+        pass

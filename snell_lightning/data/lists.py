@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from snell_lightning.adapters.errors import UserError
-from snell_lightning.data.splits import Sample, SplitName, Splits, listed, require_files
+from snell_lightning.data.splits import Sample, SplitName, Splits, listed
 
 # Classes of the 19 tasks, in the order in which the benchmark's tables have them.
 VTAB: dict[str, int] = {
@@ -66,7 +66,7 @@ def vtab(root: Path | None, *_: Any, **__: Any) -> Splits:
         root: The task's folder, whose name is the task's.
 
     Raises:
-        UserError: A list is missing or not of that form, an image is not there, or a class is not one of the task's.
+        UserError: A list is missing or not of that form, or a class is not one of the task's.
     """
     root = _folder_with("vtab", root, _VTAB_FILES, _VTAB_LAYOUT)
     task = root.resolve().name
@@ -80,7 +80,7 @@ def vtab(root: Path | None, *_: Any, **__: Any) -> Splits:
             )
     notes = (f"{task} is none of VTAB's tasks: {count} classes are taken from its lists",) if known is None else ()
     names = tuple(str(number) for number in range(count))
-    return Splits(parts["train"], parts["val"], parts["test"], names, notes=notes)
+    return Splits(parts["train"], parts["val"], parts["test"], names, notes=notes, listed_in=root)
 
 
 def fgvc(root: Path | None, *_: Any, **__: Any) -> Splits:
@@ -90,7 +90,7 @@ def fgvc(root: Path | None, *_: Any, **__: Any) -> Splits:
         root: The set's folder, whose name begins with the set's.
 
     Raises:
-        UserError: A list is missing or not of that form, an image is not there, or the classes are not as many as the
+        UserError: A list is missing or not of that form, or the classes are not as many as the
             set has.
     """
     root = _folder_with("fgvc", root, _FGVC_FILES, _FGVC_LAYOUT)
@@ -105,9 +105,9 @@ def fgvc(root: Path | None, *_: Any, **__: Any) -> Splits:
     parts: dict[SplitName, list[Sample]] = {}
     for split, entries in lists.items():
         parts[split] = [(str(base / path), labels[number]) for path, number in entries.items()]
-        require_files(root / _FGVC_FILES[split], [path for path, _ in parts[split]])
     notes = () if known else (f"{root.name} is none of FGVC's sets: {len(numbers)} classes are taken from its lists",)
-    return Splits(parts["train"], parts["val"], parts["test"], tuple(map(str, numbers)), notes=notes)
+    names = tuple(map(str, numbers))
+    return Splits(parts["train"], parts["val"], parts["test"], names, notes=notes, listed_in=root)
 
 
 def few_shot(root: Path | None, *_: Any, **__: Any) -> Splits:
@@ -117,7 +117,7 @@ def few_shot(root: Path | None, *_: Any, **__: Any) -> Splits:
         root: The list of the images to train on, `SET/annotations/train_meta.list.num_shot_N.seed_S`.
 
     Raises:
-        UserError: A list is missing or not of that form, an image is not there, or a class is not trained on.
+        UserError: A list is missing or not of that form, or a class is not trained on.
     """
     if root is None or not root.expanduser().is_file():
         found = [] if root is None else sorted(root.expanduser().rglob("train_meta.list.num_shot_*.seed_*"))
@@ -139,7 +139,8 @@ def few_shot(root: Path | None, *_: Any, **__: Any) -> Splits:
     for split, samples in parts.items():
         if (largest := max(label for _, label in samples)) >= count:
             raise UserError(f"{files[split]} has class {largest}, and {file.name} trains 0 to {count - 1}")
-    return Splits(parts["train"], parts["val"], parts["test"], tuple(map(str, range(count))))
+    names = tuple(map(str, range(count)))
+    return Splits(parts["train"], parts["val"], parts["test"], names, listed_in=file.parent)
 
 
 def _base(root: Path, first: str) -> Path:
@@ -177,7 +178,7 @@ def read_list(file: Path, root: Path) -> list[Sample]:
         root: Where paths begin.
 
     Raises:
-        UserError: A line is of another form, there is none, or an image is not there.
+        UserError: A line is of another form, or there is none.
     """
     samples: list[Sample] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -189,5 +190,4 @@ def read_list(file: Path, root: Path) -> list[Sample]:
         samples.append((str(root / path.strip()), int(label)))
     if not samples:
         raise UserError(f"{file} lists no image")
-    require_files(file, [path for path, _ in samples])
     return samples

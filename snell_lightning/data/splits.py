@@ -40,6 +40,7 @@ class Splits:
         notes: Lines on what was found that a user may not expect, such as files that were left out.
         by_fractions: Whether val or test were split off, rather than found.
         fixed: Where samples were put that would have gone elsewhere by their names, by name.
+        listed_in: The file or folder whose lists name the samples' files, some of which may not be there.
     """
 
     train: Sequence[Sample]
@@ -50,6 +51,21 @@ class Splits:
     notes: tuple[str, ...] = ()
     by_fractions: bool = False
     fixed: Mapping[str, SplitName] = field(default_factory=dict)
+    listed_in: Path | None = None
+
+    def require_files(self) -> None:
+        """Raise unless the files that lists name are there.
+
+        Raises:
+            UserError: Some are not.
+        """
+        for name in ("train", "val", "test") if self.listed_in else ():
+            part = getattr(self, name)
+            if absent := [path for path, _ in part if not os.path.isfile(path)]:
+                raise UserError(
+                    f"{len(absent):,} of the {len(part):,} {name} images listed in {self.listed_in} are not there, "
+                    f"such as {absent[0]}; check-data names them all"
+                )
 
     def with_classes(self, classes: Sequence[str]) -> "Splits":
         """The same samples with labels that are indices into `classes`, which may be more than there are here.
@@ -174,16 +190,6 @@ def lacking(splits: Splits) -> list[str]:
         for name in ("train", "val", "test")
         if (part := getattr(splits, name)) and (absent := classes_lacking(part, splits.classes))
     ]
-
-
-def require_files(file: Path, paths: Sequence[str]) -> None:
-    """Raise unless the images that a file lists are there.
-
-    Raises:
-        UserError: Some are not.
-    """
-    if absent := [path for path in paths if not os.path.isfile(path)]:
-        raise UserError(f"{len(absent):,} of the {len(paths):,} images in {file} are not there, such as {absent[0]}")
 
 
 def _place(name: str, seed: int) -> float:

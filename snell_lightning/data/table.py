@@ -16,7 +16,7 @@ from typing import Any
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.data.folder import split_named
-from snell_lightning.data.splits import Sample, SplitName, Splits, as_splits, lacking, require_files
+from snell_lightning.data.splits import Sample, SplitName, Splits, as_splits, lacking
 
 COLUMNS = {"path": "path", "label": "label", "split": "split"}
 _DELIMITERS = {".csv": ",;", ".tsv": "\t", ".txt": ",;\t"}
@@ -43,8 +43,8 @@ def table(
         columns: Names of the columns `path`, `label` and `split`, where they are called otherwise.
 
     Raises:
-        UserError: The table is missing, lacks a column or a value, names an image that is not there or one twice with
-            different labels, or has fewer than two classes.
+        UserError: The table is missing, lacks a column or a value, names an image twice with different labels, or has
+            fewer than two classes.
     """
     if root is None or not root.expanduser().is_file():
         where = "data.source table needs data.root" if root is None else f"there is no table {root}"
@@ -71,12 +71,11 @@ def table(
     labels = _sorted({label for label, _ in rows.values()})
     if len(labels) < (2 if classes is None else 1):
         raise UserError(f"{file} has {len(labels)} class(es) in its column {names['label']!r}; at least two are needed")
-    require_files(file, [str(file.parent / path) for path in rows])
     samples: dict[str, dict[str, Sample]] = {}
     for path, (label, split) in rows.items():
         samples.setdefault(split, {})[path] = (str(file.parent / path), labels.index(label))
     splits = as_splits(samples, tuple(labels), (val_fraction, test_fraction, seed), fixed)
-    return replace(splits, notes=(*notes, *lacking(splits)))
+    return replace(splits, notes=(*notes, *lacking(splits)), listed_in=file)
 
 
 def _rows(file: Path, names: Mapping[str, str], needs_split: bool) -> Iterator[tuple[int, dict[str, Any]]]:

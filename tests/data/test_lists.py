@@ -30,8 +30,8 @@ def task(tmp_path: Path) -> Path:
     return root
 
 
-def read(root: Path | None) -> object:
-    return vtab(root, 0.15, 0.25, 0)
+def read(root: Path | None) -> None:
+    vtab(root, 0.15, 0.25, 0).require_files()
 
 
 def test_its_lists_are_its_splits(task: Path) -> None:
@@ -64,7 +64,7 @@ def test_another_folder_is_taken_by_its_lists_and_a_line_says_so(task: Path) -> 
     ("change", "message"),
     [
         (lambda root: (root / "val200.txt").unlink(), r"has no val200.txt; expected ROOT/train800.txt.*VTAB-1k"),
-        (lambda root: (root / "images/test/000003.jpg").unlink(), r"1 of the 6 images in .*test.txt are not there"),
+        (lambda root: (root / "images/test/000003.jpg").unlink(), r"1 of the 6 test images listed in .* are not there"),
         (lambda root: (root / "test.txt").write_text("images/test/000003.jpg\n"), "line 1: .*expected an image's path"),
         (lambda root: (root / "test.txt").write_text("images/test/000003.jpg two\n"), "line 1: .*number of its class"),
         (lambda root: (root / "test.txt").write_text("\n\n"), "lists no image"),
@@ -117,9 +117,9 @@ def test_fgvc_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
     assert fgvc(mine, 0.15, 0.25, 0).notes == ("mine is none of FGVC's sets: 20 classes are taken from its lists",)
     (mine / "images/003.Bird/test.jpg").unlink()
     with pytest.raises(
-        UserError, match=r"1 of the 20 images in .*test.json are not there, such as .*003.Bird/test.jpg"
+        UserError, match=r"1 of the 20 test images listed in .* are not there, such as .*003.Bird/test.jpg"
     ):
-        fgvc(mine, 0.15, 0.25, 0)
+        fgvc(mine, 0.15, 0.25, 0).require_files()
     (mine / "val.json").write_text('["a.jpg"]')
     with pytest.raises(UserError, match=r"val.json is not of the form \{IMAGE: CLASS"):
         fgvc(mine, 0.15, 0.25, 0)

@@ -124,7 +124,11 @@ def test_it_feeds_the_data_module(root: Path) -> None:
         ("path,label\na/00.png,a\nb/00.png,\n", {}, "row 3 has no label"),
         ("path,label\na/00.png\n", {}, "row 2 has no label"),
         ("path,label\na/00.png,a\na/01.png,a\n", {}, r"has 1 class\(es\) in its column 'label'; at least two"),
-        ("path,label\na/00.png,a\nb/99.png,b\n", {}, r"1 of the 2 images in .* are not there, such as .*b/99.png"),
+        (
+            "path,label,split\na/00.png,a,train\nb/00.png,b,train\nb/99.png,b,val\n",
+            {},
+            r"1 of the 1 val images listed in .* are not there, such as .*b/99.png; check-data names them all",
+        ),
         ("path,label\na/00.png,a\na/00.png,b\n", {}, "row 3: a/00.png is b here and a in an earlier row"),
         ("path,label,split\na/00.png,a,train\na/00.png,a,test\n", {}, "a/00.png is a test here and a train in"),
         ("path,label,split\na/00.png,a,train\nb/00.png,b,later\n", {}, "has the split 'later'; expected train, val"),
@@ -133,7 +137,7 @@ def test_it_feeds_the_data_module(root: Path) -> None:
 )
 def test_each_mistake_is_one_line(root: Path, text: str, settings: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        read(write(root, text), **settings)
+        read(write(root, text), **settings).require_files()
     assert len(str(caught.value).splitlines()) == 1
 
 
