@@ -19,7 +19,7 @@ from snell_lightning.backbones.sizes import ImageSize, sides
 from snell_lightning.data.check.kinds import KINDS, Finding
 from snell_lightning.data.check.looking import Look, look
 from snell_lightning.data.check.twins import nearly_same, same
-from snell_lightning.data.splits import SplitName, Splits
+from snell_lightning.data.splits import SplitName, Splits, lacking
 
 _AT_ONCE = 32
 _FEW = 5
@@ -90,8 +90,8 @@ def check(splits: Splits, image_size: ImageSize, root: Path | None = None, worke
     looks = _look_at_all(_Looks(splits, [source for _, source, _ in samples], shortest), workers)
     places = [(split, splits.classes[label]) for split, _, label in samples]
     findings = [*_single(names, looks), *_odd_modes(names, looks), *_twins(names, places, looks)]
-    findings += [*_classes(splits), *(Finding("left_out", (), note) for note in splits.notes)]
-    order = list(KINDS)
+    order, known = list(KINDS), lacking(splits)
+    findings += [*_classes(splits), *(Finding("left_out", (), note) for note in splits.notes if note not in known)]
     formats = Counter(each.format or "none" for each in looks if each.size)
     return Checked(
         {split: _counts(splits, split) for split in get_args(SplitName)},
