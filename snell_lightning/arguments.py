@@ -383,9 +383,12 @@ def _checkpoint_settings(path: str) -> dict[str, Any]:
         raise
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint of this package ({type(error).__name__})") from error
-    # Comes from the data, and where to start from is what the checkpoint itself says.
-    model = {key: value for key, value in settings.items() if key not in ("num_classes", "image_size", "adapter_file")}
+    model = {key: value for key, value in settings.items() if key not in _NOT_KEPT}
     return {"model": model, "data": _data_settings(data)}
+
+
+# Of a model's settings: what comes from the data, and where training started from.
+_NOT_KEPT = ("num_classes", "image_size", "val_name", "adapter_file")
 
 
 def _adapter_settings(path: str) -> dict[str, Any]:
@@ -398,7 +401,11 @@ def _adapter_settings(path: str) -> dict[str, Any]:
 
 def _data_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """What `ImageDataModule.settings` said, as its arguments."""
-    same = {key: saved[key] for key in ("classes", "image_size", "normalization", "augmentation") if key in saved}
+    same = {
+        key: saved[key]
+        for key in ("classes", "image_size", "normalization", "augmentation", "crop_pct", "protocol")
+        if key in saved
+    }
     return {**same, **(saved.get("split") or {})}
 
 

@@ -96,6 +96,7 @@ class SnellCLI(LightningCLI):
         parser.link_arguments("model.backbone", "data.backbone")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
+        parser.link_arguments("data.val_name", "model.val_name", apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
         """Refuse wrong settings of the model at once: it is made after the data, which may take long to list."""
@@ -197,7 +198,8 @@ class SnellCLI(LightningCLI):
 
 
 def _to_check(_: type, **settings: Any) -> DataToCheck:
-    return DataToCheck(**settings)
+    # Where the papers validate on test images, those are not in two splits.
+    return DataToCheck(**{**settings, "protocol": "validation"})
 
 
 def _unwritable(error: OSError, run: Run) -> str:

@@ -13,6 +13,7 @@ from snell_lightning.adapters import SnellConfig, UserError
 LINKED = {
     "model.num_classes": "the number of class folders that the data have",
     "model.image_size": "data.image_size",
+    "model.val_name": "data.protocol",
     "data.backbone": "model.backbone",
 }
 """Keys that are not the user's to give, and what they follow from."""

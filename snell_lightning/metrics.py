@@ -33,7 +33,7 @@ def stage_metrics(stage: str, num_classes: int, metric: SelectionMetric) -> nn.M
     """`loss`, and `scores` by the names that they are logged under.
 
     Args:
-        stage: `val` or `test`.
+        stage: What they are called by: `val`, `test` or the like.
         num_classes: Number of classes.
         metric: Is among the scores, whatever the others are.
 

@@ -81,6 +81,8 @@ class ImageClassifier(LightningModule):
         metric: What chooses the best epoch, on validation data: `accuracy`, `balanced_accuracy` (the mean of the
             classes' recalls), `macro_f1` (the mean of their F1 scores), or `auroc` (of two classes). It is logged
             beside the accuracy.
+        val_name: What the values of the evaluation after each epoch are called where they are logged. On the command
+            line it comes from the data.
 
     Raises:
         UserError: A value is out of its range, or the backbone or the adapter file cannot be used.
@@ -106,6 +108,7 @@ class ImageClassifier(LightningModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         metric: SelectionMetric = "accuracy",
+        val_name: str = "val",
     ) -> None:
         super().__init__()
         adapter = SnellConfig(**adapter) if isinstance(adapter, dict) else adapter
@@ -130,6 +133,8 @@ class ImageClassifier(LightningModule):
         self.class_names: tuple[str, ...] | None = None
         # How much an image of each class counts in the training loss; None where all count the same.
         self.loss_weights: Tensor | None = None
+        # What an evaluation's values are called where they are logged.
+        self.logged_as = {"val": val_name, "test": "test"}
         self._seen: dict[str, int | None] = dict.fromkeys(("train", "val", "test"))
         self.images_read = 0
         self._schedule: torch.optim.lr_scheduler.LambdaLR | None = None
@@ -156,7 +161,7 @@ class ImageClassifier(LightningModule):
 
         self.mix = _mix(mixup, cutmix, label_smoothing, num_classes) if mixup or cutmix else None
         self.metrics = nn.ModuleDict(
-            {f"{stage}_stage": stage_metrics(stage, num_classes, metric) for stage in ("val", "test")}
+            {f"{stage}_stage": stage_metrics(name, num_classes, metric) for stage, name in self.logged_as.items()}
         )
 
     @property
@@ -277,12 +282,12 @@ class ImageClassifier(LightningModule):
     @property
     def selected_by(self) -> str:
         """Name of the logged value that chooses the best epoch; its largest is the best."""
-        return "val/acc1" if self.metric == "accuracy" else f"val/{self.metric}"
+        return f"{self.logged_as['val']}/{'acc1' if self.metric == 'accuracy' else self.metric}"
 
     def logged_names(self) -> list[str]:
         """Names of what training logs, for callbacks to look at."""
         scores = self.metrics["val_stage"]["scores"]  # type: ignore[index]
-        return ["train/loss", "val/loss", *scores, "lr"]
+        return ["train/loss", f"{self.logged_as['val']}/loss", *scores, "lr"]
 
     def check_optimizer(self) -> None:
         """Make the optimizer and drop it.
@@ -418,7 +423,7 @@ class ImageClassifier(LightningModule):
         if len(images):
             metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
             metrics["scores"].update(logits, labels)
-        self.log(f"{stage}/loss", metrics["loss"], on_step=False, on_epoch=True)
+        self.log(f"{self.logged_as[stage]}/loss", metrics["loss"], on_step=False, on_epoch=True)
         self.log_dict(metrics["scores"], on_step=False, on_epoch=True, prog_bar=stage == "val")
         return logits
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from snell_lightning.adapters import SnellDelta, deltas
+from snell_lightning.data.splits import PUBLISHED
 from snell_lightning.runs import short
 
 _MIB = 2**20
@@ -194,7 +195,8 @@ class SnellMonitor(Callback):
         checkpoint: Any = trainer.checkpoint_callback
         best = getattr(checkpoint, "best", None)
         if best is not None and best["score"] is not None:
-            told = f"{best['score']:.4f}  (epoch={best['epoch']}, selected on validation data)"
+            how = PUBLISHED if chosen_by_test(trainer) else "selected on validation data"
+            told = f"{best['score']:.4f}  (epoch={best['epoch']}, {how})"
             table.add_row(f"best {checkpoint.monitor}", told)
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         total = sum(p.numel() for p in module.parameters())
@@ -223,6 +225,11 @@ def _table(title: str) -> Table:
     return table
 
 
+def chosen_by_test(trainer: Trainer) -> bool:
+    """Whether the test images choose the epoch, as in the papers."""
+    return getattr(getattr(trainer, "datamodule", None), "protocol", "") == "published"
+
+
 def _print(trainer: Trainer, table: Table) -> None:
     bar = getattr(trainer.progress_bar_callback, "progress", None)
     if isinstance(bar, Progress):
@@ -236,15 +243,18 @@ def _print_scores(trainer: Trainer, module: LightningModule, stage: str) -> None
     if not trainer.is_global_zero:
         return
     table = _table("Tested" if stage == "test" else "Validated")
+    logged_as = getattr(module, "logged_as", {}).get(stage, stage)
     for name, value in sorted(trainer.callback_metrics.items()):
-        if name.startswith(f"{stage}/"):
+        if name.startswith(f"{logged_as}/"):
             table.add_row(name, f"{float(value):.6f}")
     data: Any = getattr(trainer, "datamodule", None)
     split = getattr(data, "eval_split", stage) if stage == "test" else stage
-    accuracy = trainer.callback_metrics.get(f"{stage}/acc1")
+    accuracy = trainer.callback_metrics.get(f"{logged_as}/acc1")
     if accuracy is not None and (count := getattr(module, "images_read", 0)):
         right = round(float(accuracy) * count)
         table.add_row("right", f"{right:,} of {count:,} images ({split})")
+    if chosen_by_test(trainer) and split in ("val", "test"):
+        table.add_row("note", PUBLISHED)
     source = trainer.ckpt_path or module.hparams.get("adapter_file")
     if source:
         table.add_row("model", short(str(source)))

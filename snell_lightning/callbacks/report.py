@@ -38,7 +38,7 @@ class Report:
     """An evaluation, over all processes.
 
     Attributes:
-        stage: `val` or `test`.
+        stage: `val` or `test`, or what validation is called.
         classes: Their names.
         labels: What each image is, `(images,)`.
         taken_for: What each was taken for.
@@ -97,7 +97,7 @@ class ClassReport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where validation is all there is to do, write what it said."""
         if trainer.state.fn == "validate":
-            self._finish(trainer, self._collect(trainer, pl_module, "val"), self.pictures)
+            self._finish(trainer, self._collect(trainer, pl_module, _validation(pl_module)), self.pictures)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what testing said."""
@@ -105,7 +105,7 @@ class ClassReport(Callback):
 
     def keep(self, trainer: Trainer, module: LightningModule) -> None:
         """The validation that ends is the best so far: write its tables. Every process calls it."""
-        self.best = self._collect(trainer, module, "val")
+        self.best = self._collect(trainer, module, _validation(module))
         self._finish(trainer, self.best, pictures=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,6 +199,11 @@ class ClassReport(Callback):
                 add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
                 if add_image is not None:
                     add_image(f"{report.stage}/{name}", np.asarray(picture), report.step, dataformats="HWC")
+
+
+def _validation(module: LightningModule) -> str:
+    """What validation is called where it is logged."""
+    return str(getattr(module, "logged_as", {}).get("val", "val"))
 
 
 def describe(report: Report, folder: Path) -> str:

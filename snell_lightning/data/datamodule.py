@@ -23,7 +23,7 @@ from snell_lightning.data.folder import folder
 from snell_lightning.data.leaks import shared_images
 from snell_lightning.data.lists import few_shot, fgvc, vtab
 from snell_lightning.data.samplers import ShardSampler, TrainSampler
-from snell_lightning.data.splits import Sample, Source, SplitName, Splits, classes_lacking, listed
+from snell_lightning.data.splits import PUBLISHED, Sample, Source, SplitName, Splits, classes_lacking, listed
 from snell_lightning.data.table import table
 from snell_lightning.data.torchvision_sets import torchvision_set
 from snell_lightning.data.transforms import (
@@ -48,6 +48,7 @@ SOURCES: dict[str, Source] = {
 OnBadImage = Literal["error", "skip"]
 EvalSplit = Literal["test", "val", "train", "all"]
 ClassWeights = Literal["none", "balanced"]
+EvalProtocol = Literal["validation", "published"]
 
 _log = logging.getLogger(__name__)
 
@@ -79,9 +80,11 @@ class ImageDataModule(lightning.LightningDataModule):
             backbone's own if not given.
         normalization: `auto` (the backbone's own mean and standard deviation), `imagenet`, `inception` (0.5
             and 0.5), `none` (pixels stay in [0, 1]), or `mean` and `std` of three numbers each.
-        augmentation: `crop` (random crops of 0.08 to 1 of the area and horizontal flips; centre crop in
-            evaluation), `light` (random crops of 0.8 to 1, no flips; whole image in evaluation) or `none`
+        augmentation: `crop` (random crops of 0.08 to 1 of the area and horizontal flips; centre crop in evaluation),
+            `light` (random crops of 0.8 to 1, no flips; whole image in evaluation) or `none`
             (the whole image resized, in training too: the VTAB protocol).
+        crop_pct: In evaluation with `crop`, the share of a resized image's side that the crop takes, above 0 and at
+            most 1; the backbone's own if not given.
         val_fraction: Share of the images split off for validation where the source has no validation split of
             its own, above 0 and below 1.
         test_fraction: Share of the images split off for testing where the source has no splits of its own, at
@@ -91,6 +94,10 @@ class ImageDataModule(lightning.LightningDataModule):
             An adapter file or a checkpoint keeps those that its run settled.
         class_weights: How much an image counts in the training loss: `none`: all the same; `balanced`: by the inverse
             of its class's share of the training images, so that all classes count the same.
+        protocol: `validation`: the best epoch is chosen on images that are neither trained on nor tested; `published`,
+            as in the papers on VTAB-1k and FGVC: the validation images are trained on too, the test images are
+            evaluated after every epoch, and the best of these scores is the result. What is logged is called
+            `test_by_epoch` then.
         seed: Seed of the splits and of the order of training images.
         on_bad_image: What to do about an image that cannot be read: `error` stops with its path, `skip`
             leaves it out of its batch and reports the count after each pass; a prediction says why there is none.
@@ -113,11 +120,13 @@ class ImageDataModule(lightning.LightningDataModule):
         image_size: ImageSize | None = None,
         normalization: NormalizationSetting = "auto",
         augmentation: Augmentation = "crop",
+        crop_pct: float | None = None,
         val_fraction: float = 0.15,
         test_fraction: float = 0.25,
         eval_split: EvalSplit = "test",
         fixed_splits: dict[str, SplitName] | None = None,
         class_weights: ClassWeights = "none",
+        protocol: EvalProtocol = "validation",
         seed: int = 0,
         on_bad_image: OnBadImage = "error",
     ) -> None:
@@ -127,6 +136,7 @@ class ImageDataModule(lightning.LightningDataModule):
             require_choice("source", source, (*SOURCES, "torchvision:NAME"))
         require_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
         require_choice("eval_split", eval_split, get_args(EvalSplit))
+        require_choice("protocol", protocol, get_args(EvalProtocol))
         require_choice("class_weights", class_weights, get_args(ClassWeights))
         _require_fractions(val_fraction, test_fraction)
         self.source, self.class_weights = source, class_weights
@@ -142,6 +152,10 @@ class ImageDataModule(lightning.LightningDataModule):
         from snell_lightning.backbones import data_config
 
         config = data_config(backbone)
+        if crop_pct is not None:
+            if not 0 < crop_pct <= 1:
+                raise UserError(f"data.crop_pct is {crop_pct}; expected a share above 0 and at most 1")
+            config = {**config, "crop_pct": crop_pct}
         self.image_size = as_size(config["input_size"][1:] if image_size is None else image_size)
         self.normalization = Normalization.resolve(normalization, config)
         self.train_transform, self.eval_transform = build_transforms(
@@ -165,12 +179,20 @@ class ImageDataModule(lightning.LightningDataModule):
         else:
             find = SOURCES[source] if columns is None else partial(table, columns=columns)
         splits = find(path, val_fraction, test_fraction, seed, fixed_splits, classes)
+        self.protocol = protocol
+        if protocol == "published":
+            splits = splits.as_published()
         self._require_files(splits)
         self.splits = splits if classes is None else splits.with_classes(classes)
         self._told = False
 
     def _require_files(self, splits: Splits) -> None:
         splits.require_files()
+
+    @property
+    def val_name(self) -> str:
+        """What the values of each epoch's evaluation are called where they are logged."""
+        return "test_by_epoch" if self.protocol == "published" else "val"
 
     @property
     def num_classes(self) -> int:
@@ -207,9 +229,9 @@ class ImageDataModule(lightning.LightningDataModule):
         """What has to be known of these data in order to use a model that was trained on them, in plain values.
 
         Returns:
-            `classes`, `image_size`, `normalization` (mean and std), `augmentation` and what it makes of an image in
-            evaluation (`crop_pct`, None for the whole image, and `interpolation`), and `split`: how images were split,
-            where they were, so that the same ones are tested another time.
+            `classes`, `image_size`, `normalization` (mean and std), `protocol`, `augmentation` and what it makes of an
+            image in evaluation (`crop_pct`, None for the whole image, and `interpolation`), and `split`: how images
+            were split, where they were, so that the same ones are tested another time.
         """
         split = {
             "seed": self.seed,
@@ -222,6 +244,7 @@ class ImageDataModule(lightning.LightningDataModule):
             "image_size": self.image_size if isinstance(self.image_size, int) else list(self.image_size),
             "normalization": {"mean": list(self.mean), "std": list(self.std)},
             "augmentation": self.augmentation,
+            "protocol": self.protocol,
             **self._crop,
             "split": split if self.splits.by_fractions else None,
         }
@@ -251,7 +274,7 @@ class ImageDataModule(lightning.LightningDataModule):
             [source for source, _ in part if isinstance(source, str)]
             for part in (self.splits.train, [*self.splits.val, *self.splits.test])
         )
-        if pairs := shared_images(train, others):
+        if pairs := shared_images(train, list(dict.fromkeys(others))):
             pair = " and ".join(pairs[0])
             _log.warning(
                 f"data: {len(pairs):,} image(s) of val or test are in train too, by content, such as {pair}; scores on "
@@ -260,13 +283,15 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def describe(self) -> str:
         """Source, sizes, classes and normalisation in one line."""
-        splits = self.splits
+        parts = {name: len(getattr(self.splits, name)) for name in get_args(SplitName)}
+        if published := self.protocol == "published":
+            del parts["val"]
+        counts = " / ".join(f"{count} {name}" for name, count in parts.items())
         mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return (
-            f"data: {self.source}, {len(splits.train)} train / {len(splits.val)} val / "
-            f"{len(splits.test)} test images, {self.num_classes} classes, "
-            f"{pixels(self.image_size)} pixels, "
+            f"data: {self.source}, {counts} images, {self.num_classes} classes, {pixels(self.image_size)} pixels, "
             f"normalisation {self.normalization.name} (mean {mean}, std {std})"
+            + (f"; scores are {PUBLISHED}" if published else "")
         )
 
     def train_dataloader(self) -> ImageLoader:

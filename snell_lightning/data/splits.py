@@ -24,6 +24,7 @@ from snell_lightning.data.images import open_image_file
 Sample = tuple[Any, int]
 """What `open_image` takes (a path, an array, ...), and the label."""
 SplitName = Literal["train", "val", "test"]
+PUBLISHED = "on the test images, which chose the epoch: the published protocol"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,16 @@ class Splits:
                     f"{len(absent):,} of the {len(part):,} {name} images listed in {self.listed_in} are not there, "
                     f"such as {absent[0]}; check-data names them all"
                 )
+
+    def as_published(self) -> "Splits":
+        """With val among the training images, and the test images in its place.
+
+        Raises:
+            UserError: There are no test images.
+        """
+        if not self.test:
+            raise UserError("data.protocol published reports the best score on test images, and there are none")
+        return replace(self, train=[*self.train, *self.val], val=self.test)
 
     def with_classes(self, classes: Sequence[str]) -> "Splits":
         """The same samples with labels that are indices into `classes`, which may be more than there are here.

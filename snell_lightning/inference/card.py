@@ -5,6 +5,7 @@ from typing import Any
 import yaml
 
 from snell_lightning.backbones.sizes import pixels
+from snell_lightning.data.splits import PUBLISHED
 from snell_lightning.inference.classifier import Classifier
 
 _USE = {
@@ -18,7 +19,7 @@ logits = session.run(["logits"], {"images": images})[0]  # images: float32, as b
 model = torch.export.load("PATH/model.pt2").module()
 logits = model(images)  # images: float32, as below""",
 }
-_SCORES = {"val/acc1": "accuracy", "val/acc5": "top-5 accuracy", "val/loss": "loss"}
+_SCORES = {"acc1": "accuracy", "acc5": "top-5 accuracy", "loss": "loss"}
 
 
 def model_card(tuned: Classifier, format_name: str, precision: str, difference: float, images: int) -> str:
@@ -33,7 +34,9 @@ def model_card(tuned: Classifier, format_name: str, precision: str, difference: 
     """
     values = tuned.metadata
     base = _base_model(tuned)
-    scores = {name: values[key] for key, name in _SCORES.items() if key in values}
+    published = values.get("protocol") == "published"
+    scored_as = "test_by_epoch" if published else "val"
+    scores = {name: values[f"{scored_as}/{key}"] for key, name in _SCORES.items() if f"{scored_as}/{key}" in values}
     facts: dict[str, Any] = {
         "library_name": format_name if format_name != "torch_export" else "pytorch",
         "pipeline_tag": "image-classification",
@@ -58,8 +61,9 @@ def model_card(tuned: Classifier, format_name: str, precision: str, difference: 
         else f"resized in its proportions to cover {pixels([int(side / crop) for side in tuned.image_size])} pixels, "
         f"and cropped to the middle {size}"
     )
+    where = PUBLISHED if published else "on validation images"
     found = "\n".join(f"| {name} | {value:.4g} |" for name, value in scores.items())
-    table = f"\n## Scores on validation images\n\n| | |\n|---|---|\n{found}\n" if found else ""
+    table = f"\n## Scores {where}\n\n| | |\n|---|---|\n{found}\n" if found else ""
     head = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
     return f"""---
 {head}---
