@@ -11,8 +11,8 @@ from snell_lightning.data import ImageDataModule
 
 FIT = (
     "fit", "--config", "vit.yaml", "--data.protocol", "published", "--trainer.max_epochs", "2",
-    "--data.batch_size", "64", "--trainer.limit_train_batches", "2", "--trainer.enable_progress_bar", "false", "--model.adapter.rank", "2",
-    "--trainer.accelerator", "cpu",
+    "--data.batch_size", "64", "--trainer.limit_train_batches", "2", "--trainer.enable_progress_bar", "false",
+    "--model.adapter.rank", "2", "--trainer.accelerator", "cpu",
 )  # fmt: skip
 SAID = "on the test images, which chose the epoch: the published protocol"
 
@@ -59,7 +59,7 @@ def test_every_place_that_prints_the_score_says_what_it_is(
     # What is tested with it afterwards are the images that chose it.
     cli.main(["test", "--config", str(run / "config.yaml"), "--trainer.enable_progress_bar", "false"])
     assert SAID in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         cli.main(["merge", "--adapter", str(run / "adapter.safetensors"), "--output", "merged"])
     card = (tmp_path / "merged" / "README.md").read_text()
     assert f"## Scores {SAID}" in card
