@@ -3,8 +3,8 @@
     python -m benchmarks.recipes
 
 `recipes.csv` has the hyperparameters of each of the 48 runs that were published with SNELL (arXiv 2411.01800) and
-SNELLA (arXiv 2510.24037). Those of SNELLA need the mixture kernel and a budget between layers, which this package does not
-have: they are left out. `tests/test_recipes.py` compares every config with its row.
+SNELLA (arXiv 2510.24037). Those of SNELLA need the mixture kernel and a budget between layers, which are not here yet
+and are left out. `tests/test_recipes.py` compares every config with its row.
 """
 
 import csv
@@ -30,7 +30,7 @@ _CONFIG = """\
 #
 #     python -m snell_lightning fit --config {name} --data.root {root}
 #
-# With --data.protocol published the validation images are trained on too and the best test score counts, as in the paper.
+# As in the paper, --data.protocol published trains on the validation images too and counts the best test score.
 
 seed_everything: 0
 model:
