@@ -5,6 +5,7 @@ batches of B see the same images. Evaluation covers each image exactly once over
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args
 import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch.utils.data import Sampler
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones import EMBEDDED_BACKBONE
@@ -50,6 +52,9 @@ EvalSplit = Literal["test", "val", "train", "all"]
 ClassWeights = Literal["none", "balanced"]
 EvalProtocol = Literal["validation", "published"]
 
+# As many read more photographs than a GPU trains a ViT-B/16 on.
+_MOST_WORKERS = 8
+
 _log = logging.getLogger(__name__)
 
 
@@ -75,7 +80,9 @@ class ImageDataModule(lightning.LightningDataModule):
         batch_size: Training images per batch and process, at least 1.
         eval_batch_size: Images per batch and process in validation, testing and prediction, at least 1; the
             training batch size if not given.
-        num_workers: Worker processes per loader; 0 loads images in the main process.
+        num_workers: Worker processes per loader; 0 loads images in the main process. By default up to 8 of the
+            processors that fall to a process that trains on an accelerator, and 0 where the CPU is what trains or
+            where images are in memory already.
         image_size: Of the images given to the backbone, in pixels: one number for squares, else height and width; the
             backbone's own if not given.
         normalization: `auto` (the backbone's own mean and standard deviation), `imagenet`, `inception` (0.5
@@ -116,7 +123,7 @@ class ImageDataModule(lightning.LightningDataModule):
         backbone: str = EMBEDDED_BACKBONE,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         image_size: ImageSize | None = None,
         normalization: NormalizationSetting = "auto",
         augmentation: Augmentation = "crop",
@@ -144,7 +151,8 @@ class ImageDataModule(lightning.LightningDataModule):
         self.eval_batch_size = _at_least(
             "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1
         )
-        self.num_workers = _at_least("num_workers", num_workers, 0)
+        self.num_workers = None if num_workers is None else _at_least("num_workers", num_workers, 0)
+        self._loaders: list[ImageLoader] = []
         self.seed = _at_least("seed", seed, 0)
         self.on_bad_image, self.eval_split, self.augmentation = on_bad_image, eval_split, augmentation
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
@@ -298,7 +306,7 @@ class ImageDataModule(lightning.LightningDataModule):
         """This process's share of the training images, shuffled by seed and epoch."""
         dataset = self._dataset(self.splits.train, self.train_transform, "train", self.on_bad_image, self.seed)
         sampler = TrainSampler(dataset, *self._replicas_and_rank(), self.seed)
-        return image_loader(dataset, sampler, self.batch_size, self.image_size, self.num_workers)
+        return self._loader(dataset, sampler, self.batch_size)
 
     def val_dataloader(self) -> ImageLoader:
         """This process's share of the validation images.
@@ -355,7 +363,23 @@ class ImageDataModule(lightning.LightningDataModule):
             )
         dataset = self._dataset(samples, self.eval_transform, split, on_unreadable)
         sampler = ShardSampler(dataset, *self._replicas_and_rank())
-        return image_loader(dataset, sampler, self.eval_batch_size, self.image_size, self.num_workers)
+        return self._loader(dataset, sampler, self.eval_batch_size)
+
+    def _loader(self, dataset: ImageDataset, sampler: Sampler, batch_size: int) -> ImageLoader:
+        trainer = None if self.trainer is None or self.trainer.strategy.root_device.type == "cpu" else self.trainer
+        workers = self.num_workers
+        if workers is None:
+            in_memory = not isinstance(dataset.samples[0][0], str)
+            workers = 0 if trainer is None or in_memory else _share_of_processors(trainer)
+        pin = trainer is not None
+        loader = image_loader(dataset, sampler, batch_size, self.image_size, workers, pin)
+        self._loaders.append(loader)
+        return loader
+
+    def teardown(self, stage: str) -> None:
+        """End the worker processes, which wait between epochs."""
+        while self._loaders:
+            self._loaders.pop().close()
 
     def _replicas_and_rank(self) -> tuple[int, int]:
         """Over how many data-parallel processes images are shared out, and which of them this is."""
@@ -366,6 +390,13 @@ class ImageDataModule(lightning.LightningDataModule):
         if sharding is None:
             return self.trainer.world_size, self.trainer.global_rank
         return sharding["num_replicas"], sharding["rank"]
+
+
+def _share_of_processors(trainer: lightning.Trainer) -> int:
+    """Workers for one of the processes that train on this machine, beside itself."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = max(1, trainer.world_size // trainer.num_nodes)
+    return max(1, min(_MOST_WORKERS, processors // processes - 1))
 
 
 def _at_least(argument: str, value: int, smallest: int) -> int:

@@ -159,10 +159,17 @@ class ImageLoader(DataLoader):
                 if number == last:  # lightning takes the last batch without asking for another
                     self._report(skipped)
                 yield images, labels
-        finally:
+        except Exception:
             # Its workers end here, and not whenever an error that holds on to this frame is let go.
             del batches
+            self.close()
+            raise
+        finally:
             self._report(skipped)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the epoch this is, in images over all processes; nothing of a loader that is not trained from."""
@@ -212,7 +219,12 @@ class ImageLoader(DataLoader):
 
 
 def image_loader(
-    dataset: ImageDataset, sampler: Sampler, batch_size: int, image_size: ImageSize, num_workers: int
+    dataset: ImageDataset,
+    sampler: Sampler,
+    batch_size: int,
+    image_size: ImageSize,
+    num_workers: int,
+    pin_memory: bool = False,
 ) -> ImageLoader:
     """Build the loader of one split.
 
@@ -222,6 +234,7 @@ def image_loader(
         batch_size: Images per batch and process.
         image_size: Of the transformed images, in pixels.
         num_workers: Worker processes; 0 loads in the main process.
+        pin_memory: Put batches where a copy to an accelerator is fast.
     """
     return ImageLoader(
         dataset,
@@ -229,8 +242,9 @@ def image_loader(
         sampler=sampler,
         num_workers=num_workers,
         collate_fn=partial(_collate, size=sides(image_size), mark=dataset.on_unreadable == "mark"),
-        pin_memory=torch.accelerator.is_available(),
-        persistent_workers=False,
+        pin_memory=pin_memory,
+        # Between epochs they wait: what an image is depends on its number alone.
+        persistent_workers=num_workers > 0,
         # Of its own, so that starting a pass draws nothing from the run's.
         generator=torch.Generator(),
     )

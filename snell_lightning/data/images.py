@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 # Formats that Pillow knows without being able to decode them, and PostScript, for which it would run another program.
 _NOT_READ = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"})
+_FREQUENT = ("JPEG", "PNG")
 _ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,7 +39,8 @@ def readable_formats() -> tuple[str, ...]:
 
         register_heif_opener()
     Image.init()
-    return tuple(sorted(set(Image.OPEN) - _NOT_READ))
+    # They are tried in this order.
+    return tuple(sorted(set(Image.OPEN) - _NOT_READ, key=lambda name: (name not in _FREQUENT, name)))
 
 
 @cache
@@ -89,7 +91,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
             image = image.convert("LA")
         opaque = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 """The data module: what is known at construction, which process sees what, and unreadable images."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,8 @@ def of_folder(root: Path, **arguments: Any) -> ImageDataModule:
 def on_process(data: ImageDataModule, rank: int, world: int) -> ImageDataModule:
     """Stand-in for a trainer of several processes."""
     sharding = {"num_replicas": world, "rank": rank}
-    data.trainer = SimpleNamespace(distributed_sampler_kwargs=sharding)  # type: ignore[assignment]
+    on_cpu = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=sharding, strategy=on_cpu)  # type: ignore[assignment]
     return data
 
 
@@ -361,3 +363,48 @@ def test_a_bad_image_surfaces_from_a_whole_fit_as_the_user_error(root: Path, tmp
     truncate(root / "train/a/07.png")
     with pytest.raises(UserError, match=r"^cannot read image .*07\.png: [^\n]*data.on_bad_image to skip$"):
         quiet_trainer(tmp_path, max_epochs=1).fit(Recorder(), of_folder(root, num_workers=2))
+
+
+@pytest.mark.parametrize(
+    ("device", "processors", "processes", "nodes", "expected"),
+    [
+        ("cpu", 16, 1, 1, 0),
+        ("cuda", 16, 1, 1, 8),
+        ("cuda", 16, 4, 1, 3),
+        ("cuda", 16, 8, 2, 3),
+        ("cuda", 2, 8, 1, 1),
+    ],
+)
+def test_workers_are_the_processors_beside_a_process_that_trains_on_an_accelerator(
+    device: str, processors: int, processes: int, nodes: int, expected: int, root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)), raising=False)
+    for data, workers in ((of_folder(root), expected), (ImageDataModule(), 0), (of_folder(root, num_workers=5), 5)):
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            world_size=processes, num_nodes=nodes, strategy=SimpleNamespace(root_device=torch.device(device)),
+            distributed_sampler_kwargs={"num_replicas": processes, "rank": 0},
+        )  # fmt: skip
+        loader = data.train_dataloader()
+        assert (loader.num_workers, loader.persistent_workers) == (workers, workers > 0)
+        assert loader.pin_memory == (device != "cpu")
+
+
+def test_workers_live_through_epochs_and_give_what_no_workers_give(root: Path) -> None:
+    alone, kept = (of_folder(root, batch_size=3, num_workers=workers) for workers in (0, 2))
+    loaders = alone.train_dataloader(), kept.train_dataloader()
+    seen = set()
+    for epoch in range(3):
+        for loader in loaders:
+            loader.sampler.set_epoch(epoch)
+        if epoch == 1:
+            # A pass that is left at its first batch leaves nothing to the next one.
+            next(iter(loaders[1]))
+        for one, other in zip(*loaders, strict=True):
+            assert torch.equal(one[0], other[0])
+            assert torch.equal(one[1], other[1])
+        seen.add(tuple(worker.pid for worker in loaders[1]._iterator._workers))
+    assert len(seen) == 1
+    workers = loaders[1]._iterator._workers
+    kept.teardown("fit")
+    assert not [worker for worker in workers if worker.is_alive()]
