@@ -22,6 +22,7 @@ from snell_lightning.backbones.sizes import ImageSize, as_size, pixels
 from snell_lightning.data.dataset import ImageDataset, ImageLoader, OnUnreadable, image_loader
 from snell_lightning.data.digits import digits
 from snell_lightning.data.folder import folder
+from snell_lightning.data.hugging_face import hugging_face
 from snell_lightning.data.leaks import shared_images
 from snell_lightning.data.lists import few_shot, fgvc, vtab
 from snell_lightning.data.samplers import ShardSampler, TrainSampler
@@ -46,6 +47,8 @@ SOURCES: dict[str, Source] = {
     "few_shot": few_shot,
 }
 """Every source by the name that `data.source` takes."""
+# Those with a set's name behind a colon.
+_NAMED = ("torchvision", "datasets")
 
 OnBadImage = Literal["error", "skip"]
 EvalSplit = Literal["test", "val", "train", "all"]
@@ -68,10 +71,12 @@ class ImageDataModule(lightning.LightningDataModule):
         source: Where images come from: `digits` (1,797 handwritten digits that need no download) or `folder`
             (image files in one folder per class), `table` (images and labels listed in a CSV, TSV or Parquet file)
             or `vtab`, `fgvc` or `few_shot` (one of the sets of these benchmarks, by its lists),
-            or `torchvision:NAME` (one of torchvision's sets, such as `torchvision:Flowers102`).
+            or `torchvision:NAME` (one of torchvision's sets, such as `torchvision:Flowers102`), or `datasets:ORG/NAME`
+            (a set of the Hugging Face hub), or `datasets` with a folder that their library reads as the root.
         root: The folder with the images, the table, or the set's folder or list. For `folder` it holds
             train/CLASS/IMAGE with val and test beside train, or CLASS/IMAGE.
-        columns: Of a table: the names of its columns `path`, `label` and `split`, where they are called otherwise.
+        columns: Of a table: the names of its columns `path`, `label` and `split`, where they are called otherwise; of a
+            Hugging Face set those of `image` and `label`.
         download: Fetch a set of torchvision's into the root.
         classes: Class names in the order of the model's outputs; by default the classes that are found, sorted. With
             an adapter file or a checkpoint they are those that it was trained on.
@@ -139,8 +144,8 @@ class ImageDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         kind, _, set_name = source.partition(":")
-        if kind != "torchvision":
-            require_choice("source", source, (*SOURCES, "torchvision:NAME"))
+        if kind not in _NAMED:
+            require_choice("source", source, (*SOURCES, *(f"{kind}:NAME" for kind in _NAMED)))
         require_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
         require_choice("eval_split", eval_split, get_args(EvalSplit))
         require_choice("protocol", protocol, get_args(EvalProtocol))
@@ -177,13 +182,15 @@ class ImageDataModule(lightning.LightningDataModule):
         self.root = path = Path(root) if root is not None else None
         if classes is not None and len(set(classes)) < len(classes):
             raise UserError(f"data.classes names a class twice: {', '.join(classes)}")
-        if columns is not None and source != "table":
-            raise UserError(f"data.columns is for data.source table, not {source}")
+        if columns is not None and kind not in ("table", "datasets"):
+            raise UserError(f"data.columns is for data.source table or datasets, not {source}")
         if download and kind != "torchvision":
             raise UserError(f"data.download is for data.source torchvision:NAME, not {source}")
         find: Source
         if kind == "torchvision":
             find = partial(torchvision_set, set_name, download)
+        elif kind == "datasets":
+            find = partial(hugging_face, set_name, columns=columns)
         else:
             find = SOURCES[source] if columns is None else partial(table, columns=columns)
         splits = find(path, val_fraction, test_fraction, seed, fixed_splits, classes)

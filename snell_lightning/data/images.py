@@ -9,6 +9,7 @@ their range.
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,7 @@ def readable_endings() -> frozenset[str]:
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
 
-def open_image_file(path: str | Path) -> Image.Image:
+def open_image_file(path: str | Path | BinaryIO) -> Image.Image:
     """Read a whole image file as RGB; of an animation or of several pages the first.
 
     Raises:

@@ -68,7 +68,7 @@ def table(
             raise UserError(f"{place}: {values['path']} is {now} here and {then} in an earlier row")
     again = len(found) - len(rows)
     notes = [f"{again:,} row(s) of {file.name} say again what others say"] if again else []
-    labels = _sorted({label for label, _ in rows.values()})
+    labels = in_order({label for label, _ in rows.values()})
     if len(labels) < (2 if classes is None else 1):
         raise UserError(f"{file} has {len(labels)} class(es) in its column {names['label']!r}; at least two are needed")
     samples: dict[str, dict[str, Sample]] = {}
@@ -123,7 +123,7 @@ def _split(value: str, place: str) -> SplitName:
     return split
 
 
-def _sorted(labels: set[str]) -> list[str]:
-    """In order; as numbers where all of them are."""
+def in_order(labels: set[str]) -> list[str]:
+    """Labels in order; as numbers where all of them are."""
     whole = all(label.removeprefix("-").isdigit() for label in labels)
     return sorted(labels, key=lambda label: (int(label), label)) if whole else sorted(labels)
