@@ -8,10 +8,12 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import Sampler
@@ -26,6 +28,7 @@ from snell_lightning.data.hugging_face import hugging_face
 from snell_lightning.data.leaks import shared_images
 from snell_lightning.data.lists import few_shot, fgvc, vtab
 from snell_lightning.data.samplers import ShardSampler, TrainSampler
+from snell_lightning.data.shards import webdataset
 from snell_lightning.data.splits import PUBLISHED, Sample, Source, SplitName, Splits, classes_lacking, listed
 from snell_lightning.data.table import table
 from snell_lightning.data.torchvision_sets import torchvision_set
@@ -45,6 +48,7 @@ SOURCES: dict[str, Source] = {
     "vtab": vtab,
     "fgvc": fgvc,
     "few_shot": few_shot,
+    "webdataset": webdataset,
 }
 """Every source by the name that `data.source` takes."""
 # Those with a set's name behind a colon.
@@ -70,7 +74,7 @@ class ImageDataModule(lightning.LightningDataModule):
     Args:
         source: Where images come from: `digits` (1,797 handwritten digits that need no download) or `folder`
             (image files in one folder per class), `table` (images and labels listed in a CSV, TSV or Parquet file)
-            or `vtab`, `fgvc` or `few_shot` (one of the sets of these benchmarks, by its lists),
+            or `webdataset` (tar files), `vtab`, `fgvc` or `few_shot` (a set of these benchmarks, by its lists),
             or `torchvision:NAME` (one of torchvision's sets, such as `torchvision:Flowers102`), or `datasets:ORG/NAME`
             (a set of the Hugging Face hub), or `datasets` with a folder that their library reads as the root.
         root: The folder with the images, the table, or the set's folder or list. For `folder` it holds
@@ -312,7 +316,10 @@ class ImageDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> ImageLoader:
         """This process's share of the training images, shuffled by seed and epoch."""
         dataset = self._dataset(self.splits.train, self.train_transform, "train", self.on_bad_image, self.seed)
-        sampler = TrainSampler(dataset, *self._replicas_and_rank(), self.seed)
+        shards: list[int] = []
+        if self.splits.in_shards:
+            shards = [len(list(each)) for _, each in groupby(self.splits.train, key=lambda sample: sample[0][0])]
+        sampler = TrainSampler(dataset, *self._replicas_and_rank(), self.seed, shards)
         return self._loader(dataset, sampler, self.batch_size)
 
     def val_dataloader(self) -> ImageLoader:
@@ -376,7 +383,7 @@ class ImageDataModule(lightning.LightningDataModule):
         trainer = None if self.trainer is None or self.trainer.strategy.root_device.type == "cpu" else self.trainer
         workers = self.num_workers
         if workers is None:
-            in_memory = not isinstance(dataset.samples[0][0], str)
+            in_memory = isinstance(dataset.samples[0][0], np.ndarray)
             workers = 0 if trainer is None or in_memory else _share_of_processors(trainer)
         pin = trainer is not None
         loader = image_loader(dataset, sampler, batch_size, self.image_size, workers, pin)

@@ -4,10 +4,14 @@ Both are `DistributedSampler`s so that lightning leaves them in place instead of
 would shard the shard.
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 
 import torch
+from torch import Tensor
 from torch.utils.data import DistributedSampler
+
+# Files whose images are shuffled together.
+_AT_ONCE = 16
 
 
 class TrainSampler(DistributedSampler):
@@ -22,6 +26,8 @@ class TrainSampler(DistributedSampler):
         num_replicas: Number of processes.
         rank: This process, from 0 to `num_replicas - 1`.
         seed: Of the order.
+        shards: Images that lie in a row, in files of so many each: they are shuffled 16 files at a time, in an order of
+            files that is another one in every epoch. By default all images are shuffled at once.
 
     Attributes:
         done: Images at the beginning of the epoch, over all processes, that are left out: the epoch was broken off
@@ -29,9 +35,9 @@ class TrainSampler(DistributedSampler):
         taken: Images that have been taken since.
     """
 
-    def __init__(self, dataset: Sized, num_replicas: int, rank: int, seed: int) -> None:
+    def __init__(self, dataset: Sized, num_replicas: int, rank: int, seed: int, shards: Sequence[int] = ()) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
-        self.images = len(dataset)
+        self.images, self.shards = len(dataset), shards
         self.done = self.taken = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -42,11 +48,24 @@ class TrainSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         """Numbers of this process's images that are left of the epoch."""
-        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        order = self._order().tolist()
         rest = order[self.done :]
         while missing := -len(rest) % self.num_replicas:
             rest += order[:missing]
         return (self.epoch * self.images + index for index in rest[self.rank :: self.num_replicas])
+
+    def _order(self) -> Tensor:
+        """The epoch's order of all images."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if not self.shards:
+            return torch.randperm(self.images, generator=generator)
+        shards = torch.arange(self.images).split(list(self.shards))
+        turn = torch.randperm(len(shards), generator=generator).tolist()
+        parts = []
+        for start in range(0, len(turn), _AT_ONCE):
+            part = torch.cat([shards[shard] for shard in turn[start : start + _AT_ONCE]])
+            parts.append(part[torch.randperm(len(part), generator=generator)])
+        return torch.cat(parts)
 
     def __len__(self) -> int:
         """How many this process has in a whole epoch."""

@@ -41,6 +41,7 @@ class Splits:
         notes: Lines on what was found that a user may not expect, such as files that were left out.
         by_fractions: Whether val or test were split off, rather than found.
         fixed: Where samples were put that would have gone elsewhere by their names, by name.
+        in_shards: Whether images lie in a row in files, whose numbers are the first entries of `open_image`'s sources.
         listed_in: The file or folder whose lists name the samples' files, some of which may not be there.
     """
 
@@ -52,6 +53,7 @@ class Splits:
     notes: tuple[str, ...] = ()
     by_fractions: bool = False
     fixed: Mapping[str, SplitName] = field(default_factory=dict)
+    in_shards: bool = False
     listed_in: Path | None = None
 
     def require_files(self) -> None:

@@ -162,5 +162,5 @@ def test_what_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match=r"^the set no/such cannot be had: Couldn't reach 'no/such' on the Hub"):
         read(None, "no/such")
-    with pytest.raises(UserError, match="data.source is 'torchvisions'; expected one of .*datasets:NAME"):
+    with pytest.raises(UserError, match=r"data.source is 'torchvisions'; expected one of .*datasets:NAME"):
         ImageDataModule("torchvisions")
