@@ -192,5 +192,5 @@ def test_a_missing_root_shows_the_layout(tmp_path: Path) -> None:
 def test_a_shard_that_was_cut_off_is_no_whole_one(root: Path) -> None:
     path = root / "train-000003.tar"
     path.write_bytes(path.read_bytes()[:1300])
-    with pytest.raises(UserError, match="train-000003.tar"):
+    with pytest.raises(UserError, match=r"train-000003\.tar"):
         read(root)
