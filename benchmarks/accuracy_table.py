@@ -110,6 +110,7 @@ def picture(found: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], path: 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    named: list[tuple[float, float, str]] = []
     for method, rows in found.items():
         if not all(task in rows and task in found["full"] for task in tasks):
             continue
@@ -118,7 +119,18 @@ def picture(found: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], path: 
         kind = method.partition("-")[0]
         colour = {"snell": "tab:green", "lora": "tab:blue", "dora": "tab:purple"}.get(kind, "tab:gray")
         axes.errorbar(memory, 100 * mean, 100 * error, fmt="o", color=colour, capsize=3)
-        axes.annotate(method, (memory, 100 * mean), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        named.append((memory, 100 * mean, method))
+    beside: list[tuple[float, float, str]] = []
+    for memory, mean, method in named:
+        # Of points that lie close together the left ones have their names on the left, and equal ones above each other.
+        near = [x for x, y, _ in named if abs(x - memory) < 0.1 and abs(y - mean) < 1.2]
+        align = "right" if memory < statistics.mean(near) - 1e-3 else "left"
+        equal = [x for x, y, side in beside if side == align and abs(x - memory) < 0.1 and abs(y - mean) < 0.6]
+        beside.append((memory, mean, align))
+        offset = (-6 if align == "right" else 6, 4 if not equal else -11)
+        axes.annotate(
+            method, (memory, mean), xytext=offset, textcoords="offset points", fontsize=8, horizontalalignment=align
+        )
     axes.set_xlabel("peak memory of a training step, full fine-tuning = 1")
     axes.set_ylabel(f"test accuracy in %, mean over {', '.join(tasks)}")
     axes.grid(alpha=0.3)

@@ -90,7 +90,7 @@ KEYS = {
     "check-data": {
         **_CONFIG,
         "--data.root FOLDER": _DATA["--data.root FOLDER"],
-        "--data.source NAME": "folder, table, vtab, fgvc, few_shot or torchvision:NAME",
+        "--data.source NAME": "folder, table, webdataset, datasets:NAME, torchvision:NAME, vtab, fgvc, few_shot",
         "--output FILE": "writes all of it as JSON too",
         "--workers N": "processes that read images, if not one for each processor",
     },

@@ -4,7 +4,7 @@
     val-000000.tar
 
 Files of the same name up to the first dot belong together: an image, and its class in `.cls` (a number or a name) or
-as `label` in `.json`. Where each image lies is found once, by the tar's headers, and kept in the user's cache; from then
+as `label` in `.json`. Where an image lies is found once, by the tar's headers, and kept in the user's cache; from then
 on an image is read from its place. So any image can be had at any time: what several machines read, shuffled, and where
 a run goes on is as exact as of a folder. Training goes through the shards a few at a time (`samplers.TrainSampler`), so
 that a disk or a network reads nearly in a row.
