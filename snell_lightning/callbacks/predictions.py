@@ -53,8 +53,7 @@ class PredictionWriter(BasePredictionWriter):
         probabilities, labels = prediction.float().cpu().max(-1)
         rows = []
         for index, label, probability in zip(batch_indices or (), labels.tolist(), probabilities.tolist(), strict=True):
-            source = loader.dataset.samples[index][0]
-            image = source if isinstance(source, (str, Path)) else index
+            image = loader.dataset.name(index)
             if index in unreadable:
                 rows.append((image, "", "", unreadable[index]))
                 self.unreadable += 1

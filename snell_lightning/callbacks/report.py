@@ -26,6 +26,7 @@ from torch import Tensor
 
 from snell_lightning.adapters.whole import whole
 from snell_lightning.callbacks.pictures import Wrong, draw_confusion, draw_wrong
+from snell_lightning.data.dataset import ImageDataset
 from snell_lightning.data.samplers import ShardSampler
 from snell_lightning.runs import short
 
@@ -134,12 +135,13 @@ class ClassReport(Callback):
         if not wrong or not self.worst:
             return
         indices = self._indices(loader, number, len(labels))
-        samples = getattr(getattr(loader, "dataset", None), "samples", None)
+        dataset = getattr(loader, "dataset", None)
         for place in wrong:
-            source = None if indices is None or samples is None else samples[indices[place]][0]
-            named = source if isinstance(source, (str, Path)) else "" if indices is None else indices[place]
+            source, named = None, ""
+            if indices is not None and isinstance(dataset, ImageDataset):
+                source, named = dataset.samples[indices[place]][0], dataset.name(indices[place])
             self._wrong.append(
-                Wrong(float(probabilities[place]), str(named), int(labels[place]), int(taken_for[place]), source)
+                Wrong(float(probabilities[place]), named, int(labels[place]), int(taken_for[place]), source)
             )
         self._wrong = sorted(self._wrong, key=lambda one: -one.probability)[: self.worst]
 

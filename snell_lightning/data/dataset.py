@@ -23,7 +23,7 @@ from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones.sizes import ImageSize, sides
 from snell_lightning.data.images import why_unreadable
 from snell_lightning.data.samplers import ShardSampler, TrainSampler
-from snell_lightning.data.splits import Sample
+from snell_lightning.data.splits import Sample, name_of
 from snell_lightning.data.transforms import Transform
 
 _PATHS_NAMED = 3
@@ -94,6 +94,10 @@ class ImageDataset(Dataset):
         """Number of images."""
         return len(self.samples)
 
+    def name(self, index: int) -> str:
+        """What an image is called: its path, if it has one."""
+        return name_of(self.samples[index][0], self.open_image, index)
+
     def __getitem__(self, number: int) -> tuple[torch.Tensor, int] | UnreadableImage:
         """The transformed image (3, height, width) and its label, or the note that it cannot be read."""
         index = number % len(self.samples)
@@ -101,7 +105,7 @@ class ImageDataset(Dataset):
         try:
             image = self.open_image(source)
         except Exception as error:  # PIL's decoders raise whatever a broken file leads them to
-            return UnreadableImage(index, label, str(source), why_unreadable(error))
+            return UnreadableImage(index, label, self.name(index), why_unreadable(error))
         if self.seed is None:
             return self.transform(image), label
         with torch.random.fork_rng(devices=()):

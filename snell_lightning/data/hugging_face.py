@@ -28,6 +28,10 @@ class OpenRow:
     def __init__(self, parts: Mapping[str, Any], column: str) -> None:
         self.parts, self.column = parts, column
 
+    def name(self, source: tuple[str, int]) -> str:
+        """Split and number."""
+        return "{} {}".format(*source)
+
     def __call__(self, source: tuple[str, int]) -> Image.Image:
         """An RGB image."""
         split, index = source

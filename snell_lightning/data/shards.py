@@ -41,7 +41,7 @@ _OPEN = 32
 
 
 class OpenMember:
-    """Opens an image of a tar file, `(shard, offset, bytes)`.
+    """Opens an image of a tar file, `(shard, name, offset, bytes)`.
 
     Args:
         shards: Paths of the tar files.
@@ -51,15 +51,19 @@ class OpenMember:
         self.shards = tuple(shards)
         self._open: dict[int, io.FileIO] = {}
 
-    def __call__(self, source: tuple[int, int, int]) -> Image.Image:
+    def __call__(self, source: tuple[int, str, int, int]) -> Image.Image:
         """An RGB image."""
-        shard, offset, size = source
+        shard, _, offset, size = source
         if (file := self._open.get(shard)) is None:
             while len(self._open) >= _OPEN:
                 self._open.pop(next(iter(self._open))).close()
             file = self._open[shard] = io.FileIO(self.shards[shard])
         # Processes that were forked share the file's position.
         return open_image_file(io.BytesIO(os.pread(file.fileno(), size, offset)))
+
+    def name(self, source: tuple[int, str, int, int]) -> str:
+        """Shard and name."""
+        return f"{self.shards[source[0]]}/{source[1]}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, which stay in their process."""
@@ -107,7 +111,7 @@ def webdataset(
         for path in several:
             rows = zip(*(indices[shard][name].tolist() for name in _FIELDS), strict=True)
             for key, offset, size, label in rows:
-                part[f"{path.name}/{key}"] = ((shard, offset, size), numbers[label])
+                part[f"{path.name}/{key}"] = ((shard, key, offset, size), numbers[label])
             shard += 1
     splits = as_splits(samples, tuple(labels), (val_fraction, test_fraction, seed), fixed)
     opener = OpenMember([str(path) for path in paths])

@@ -101,6 +101,20 @@ class Splits:
         )
 
 
+def name_of(source: Any, open_image: Callable[[Any], Image.Image], index: int) -> str:
+    """What to call an image: its path, or what its opener calls it, or its number.
+
+    Args:
+        source: What the opener takes.
+        open_image: The opener.
+        index: The image's number.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    named = getattr(open_image, "name", None)
+    return str(index) if named is None else named(source)
+
+
 class Source(Protocol):
     """A function that finds a data set's samples."""
 

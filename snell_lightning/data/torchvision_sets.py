@@ -41,6 +41,10 @@ class OpenFrom:
     def __init__(self, datasets: Mapping[str, Any]) -> None:
         self.datasets = datasets
 
+    def name(self, source: tuple[str, int]) -> str:
+        """Split and number."""
+        return "{} {}".format(*source)
+
     def __call__(self, source: tuple[str, int]) -> Image.Image:
         """An RGB image."""
         split, index = source

@@ -70,6 +70,7 @@ def test_shards_are_read_in_their_own_splits(root: Path, cache: Path) -> None:
         source, label = splits.train[number]
         assert label == number % 3
         assert splits.open_image(source).getpixel((3, 3)) == (number, 7, 9)
+    assert splits.open_image.name(splits.train[57][0]) == f"{root}/train-000005.tar/000057"
     again = pickle.loads(pickle.dumps(splits.open_image))
     assert again(splits.test[0][0]).getpixel((0, 0)) == (220, 7, 9)
     assert len(list((cache / "snell_lightning" / "shards").glob("*.npz"))) == 22

@@ -110,7 +110,7 @@ def test_it_feeds_the_data_module(root: Path) -> None:
     images, labels, *_ = next(iter(data.train_dataloader()))
     assert images.shape == (4, 3, 8, 8)
     assert set(labels.tolist()) <= {0, 1}
-    with pytest.raises(UserError, match=r"data.columns is for data.source table, not folder"):
+    with pytest.raises(UserError, match=r"data.columns is for data.source table or datasets, not folder"):
         ImageDataModule("folder", str(root), columns={"path": "file"})
 
 

@@ -19,7 +19,7 @@ from snell_lightning.backbones.sizes import ImageSize, sides
 from snell_lightning.data.check.kinds import KINDS, Finding
 from snell_lightning.data.check.looking import Look, look
 from snell_lightning.data.check.twins import nearly_same, same
-from snell_lightning.data.splits import SplitName, Splits, lacking
+from snell_lightning.data.splits import SplitName, Splits, lacking, name_of
 
 _AT_ONCE = 32
 _FEW = 5
@@ -85,7 +85,7 @@ def check(splits: Splits, image_size: ImageSize, root: Path | None = None, worke
     """
     start = time.perf_counter()
     samples = [(split, source, label) for split in get_args(SplitName) for source, label in getattr(splits, split)]
-    names = [_name(split, number, source, root) for number, (split, source, _) in enumerate(samples)]
+    names = [_name(name_of(source, splits.open_image, number), root) for number, (_, source, _) in enumerate(samples)]
     shortest = min(sides(image_size)) // _SHARE_OF_SIZE
     looks = _look_at_all(_Looks(splits, [source for _, source, _ in samples], shortest), workers)
     places = [(split, splits.classes[label]) for split, _, label in samples]
@@ -103,10 +103,7 @@ def check(splits: Splits, image_size: ImageSize, root: Path | None = None, worke
     )
 
 
-def _name(split: str, number: int, source: Any, root: Path | None) -> str:
-    if not isinstance(source, (str, os.PathLike)):
-        return f"{split} image {number}"
-    path = os.fspath(source)
+def _name(path: str, root: Path | None) -> str:
     return os.path.relpath(path, root) if root and path.startswith(f"{root}{os.sep}") else path
 
 
