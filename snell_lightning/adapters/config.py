@@ -30,12 +30,13 @@ class SnellConfig:
         rank: Columns of the two factor tensors, over all pieces. A multiple of `pieces`.
         sparsity: Fraction of each update's entries that loses the competition, in [0, 1). At 0 nothing competes and the
             update is the dense kernel, as in the released code.
-        kernel: `distance` (the paper's piecewise linear distance) or `linear` (LoRA's inner product).
+        kernel: `distance` (the paper's piecewise linear distance), `linear` (LoRA's inner product) or `mixture`
+            (SNELLA's: the distance with a softmax over its rows, in learnable parts).
         sparsifier: `hard` (a plain mask), `magnitude` (released code), `soft` (the paper's Eq. 5) or `none` (dense).
         pieces: Number of distances the kernel sums with alternating sign.
         scale: Size of the distance kernel's coefficients, or `auto`: by width, rank, sparsity and number of layers, so
             that one learning rate serves all (`kernels.automatic_scale`); under `magnitude` and `soft` the published
-            0.1.
+            0.1, as under the kernel `mixture`.
         start: `random` as published; `zero`, an update that is exactly zero at first, for the sparsifiers `hard` and
             `none` and, under the distance kernel, an even number of pieces; or `auto`: zero where that can be.
         dropout: Probability of dropping an entry of the update's input, in [0, 1).
@@ -120,7 +121,7 @@ class SnellConfig:
         """The kernel's coefficients in a layer of this width, one of so many that are adapted."""
         if not isinstance(self.scale, str):
             return self.scale
-        if self.sparsifier not in _PLAIN:
+        if self.sparsifier not in _PLAIN or self.kernel == "mixture":
             return _PUBLISHED_SCALE
         return automatic_scale(in_features, self.rank, self.sparsity, layers)
 
@@ -131,6 +132,8 @@ class SnellConfig:
                 f"start zero has no gradient under the sparsifier {self.sparsifier}, which multiplies an update with "
                 f"its own size; set sparsifier to {' or '.join(_PLAIN)}, or start to random"
             )
+        if self.kernel == "mixture":
+            return "start zero cannot be under the kernel mixture, whose softmax is above 0; set start to random"
         if self.kernel == "distance" and self.pieces % 2:
             return f"start zero needs an even number of pieces, whose distances cancel in pairs, not {self.pieces}"
         return None

@@ -21,7 +21,10 @@ def kernel_matrix(delta: SnellDelta) -> Tensor:
         return sum(p @ q.T for p, q in zip(out_factors, in_factors, strict=True))
     distances = torch.linalg.vector_norm(out_factors[:, :, None] - in_factors[:, None], dim=-1)
     signs = torch.tensor([(-1.0) ** piece for piece in range(config.pieces)], dtype=distances.dtype)
-    return delta.scale * (signs[:, None, None] * distances).sum(0)
+    distance = delta.scale * (signs[:, None, None] * distances).sum(0)
+    if config.kernel == "mixture":
+        return distance + delta.alpha * (distance / delta.gamma).softmax(0) + delta.beta
+    return distance
 
 
 def quantile(matrix: Tensor, sparsity: float) -> float:

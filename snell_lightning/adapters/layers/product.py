@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from snell_lightning.adapters.layers.recompute import Recipe
 from snell_lightning.adapters.update import triton
-from snell_lightning.adapters.update.delta import SnellDelta
+from snell_lightning.adapters.update.delta import SnellDelta, operands
 from snell_lightning.adapters.update.kernels import full_precision, kernel_dtype
 from snell_lightning.adapters.update.noise import Noise
 from snell_lightning.adapters.update.rule import UpdateRule
@@ -110,7 +110,7 @@ def tuned_linear(
     Returns:
         `(batch, ..., out)` in the type of x.
     """
-    factors = [factor for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
+    factors = operands(deltas)
     samples = len(x) if x.dim() > 1 else 1
     rules, masked = [delta.rule for delta in deltas], zeroes_samples(x, factors)
     plan = Plan(rules, noise, samples, recipe or Recipe(x.dtype), order, masked, seed)
@@ -141,7 +141,7 @@ def make_matrix(
         order: As in `tuned_linear`.
         taus: As in `tuned_linear`.
     """
-    factors = [factor.detach() for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
+    factors = [factor.detach() for factor in operands(deltas)]
     stack = Stack([delta.rule for delta in deltas], factors, order)
     made = factors[0].new_empty(shape, dtype=dtype)
     if not stack.together(made):
@@ -194,7 +194,7 @@ def two_products(
 
 
 class _TunedLinear(torch.autograd.Function):
-    """The tuned product. Inputs: x, what is kept of it, weight, bias, plan, thresholds, then P and Q of each update.
+    """The tuned product. Inputs: x, what is kept of it, weight, bias, plan, thresholds, then the updates' factors.
 
     The output is `(rows, out)` whatever the leading dimensions of x are: a view made in here could not be modified in
     place by what follows, as activation functions do.
@@ -212,7 +212,7 @@ class _TunedLinear(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         y, taus = forward(plan, x.reshape(-1, x.shape[-1]), weight, bias, factors, known)
-        ctx.plan = plan
+        ctx.plan, ctx.count = plan, len(factors)
         ctx.save_for_backward(kept, weight, *factors, *taus)
         return y
 
@@ -220,7 +220,7 @@ class _TunedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight, *rest = ctx.saved_tensors
-        count = 2 * len(ctx.plan.rules)
+        count = ctx.count
         needs = ctx.needs_input_grad
         grad_x, grad_weight, grad_bias, grads = backward(
             ctx.plan, grad_y, kept, weight, rest[:count], rest[count:], needs[0], needs[2], needs[3]
@@ -238,7 +238,7 @@ def forward(
         x: `(rows, in)`.
         weight: `(out, in)`.
         bias: `(out,)` or None.
-        factors: P and Q of each update in turn.
+        factors: Of the updates, from `operands`.
         known: The thresholds, where they are known.
     """
     kept_rows, dropped_rows = plan.row_ranges(len(x))
@@ -272,7 +272,7 @@ def backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
-    """Gradients of x, weight, bias (None where they are not needed) and of P and Q of each update in turn.
+    """Gradients of x, weight, bias (None where they are not needed) and of the factors.
 
     Args:
         plan: As in `forward`.

@@ -1,6 +1,7 @@
 """The trainable update of one weight matrix: its factors, and the matrix that they make."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from snell_lightning.adapters.config import SnellConfig, check_fraction
 from snell_lightning.adapters.update.kernels import full_precision, kernel_dtype
 from snell_lightning.adapters.update.rule import UpdateRule
 from snell_lightning.adapters.update.stack import Stack
+
+# Of the mixture kernel, and where it starts.
+_MIXING = {"alpha": 1.0, "gamma": 1.0, "beta": 0.0}
 
 
 class SnellDelta(nn.Module):
@@ -32,6 +36,7 @@ class SnellDelta(nn.Module):
     Attributes:
         in_factors: Parameter `(pieces, in_features, rank / pieces)`.
         out_factors: Parameter `(pieces, out_features, rank / pieces)`.
+        alpha: Parameter `(1,)` of the mixture kernel alone, as are `gamma` and `beta`.
         scale: Size of the distance kernel's coefficients.
     """
 
@@ -50,12 +55,19 @@ class SnellDelta(nn.Module):
         columns = config.rank // config.pieces
         self.in_factors = nn.Parameter(torch.empty(config.pieces, in_features, columns, device=device, dtype=dtype))
         self.out_factors = nn.Parameter(torch.empty(config.pieces, out_features, columns, device=device, dtype=dtype))
+        if config.kernel == "mixture":
+            self.alpha, self.gamma, self.beta = (
+                nn.Parameter(torch.empty(1, device=device, dtype=dtype)) for _ in _MIXING
+            )
         self.sparsity = config.sparsity
         self.scale = config.layer_scale(in_features, layers)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw both factors anew."""
+        if self.config.kernel == "mixture":
+            for name, value in _MIXING.items():
+                nn.init.constant_(getattr(self, name), value)
         for factors in (self.in_factors, self.out_factors):
             nn.init.kaiming_uniform_(factors, a=math.sqrt(5))
             if self.config.starts_at_zero and self.config.kernel == "distance":
@@ -81,11 +93,11 @@ class SnellDelta(nn.Module):
 
     def weight(self) -> Tensor:
         """The update as applied, `(out_features, in_features)` in fp32; differentiable."""
-        return _Update.apply(self.out_factors, self.in_factors, self.rule)
+        return _Update.apply(self.rule, *operands([self]))
 
     def adapter_params(self) -> list[str]:
         """Names of this module's own parameters that belong to the adapter."""
-        return ["in_factors", "out_factors"]
+        return ["in_factors", "out_factors", *(_MIXING if self.config.kernel == "mixture" else ())]
 
     def extra_repr(self) -> str:
         """Sizes and settings, for `print(model)`."""
@@ -95,24 +107,31 @@ class SnellDelta(nn.Module):
         )
 
 
+def operands(deltas: Sequence[SnellDelta]) -> list[Tensor]:
+    """What updates are made from, as `Stack` takes it: P and Q of each, and behind them what mixes."""
+    factors = [factor for delta in deltas for factor in (delta.out_factors, delta.in_factors)]
+    mixed = [delta for delta in deltas if delta.config.kernel == "mixture"]
+    return factors + [torch.cat([delta.alpha, delta.gamma, delta.beta]) for delta in mixed]
+
+
 class _Update(torch.autograd.Function):
     """Factors to update, with the closed-form gradient and nothing kept but factors and threshold."""
 
     @staticmethod
-    def forward(ctx: Any, out_factors: Tensor, in_factors: Tensor, rule: UpdateRule) -> Tensor:
-        dtype = kernel_dtype(out_factors, in_factors)
+    def forward(ctx: Any, rule: UpdateRule, *factors: Tensor) -> Tensor:
+        out_factors, in_factors = factors[:2]
+        dtype = kernel_dtype(*factors)
         with full_precision(out_factors.device.type):
             update = out_factors.new_empty(out_factors.shape[1], in_factors.shape[1], dtype=dtype)
-            taus = Stack([rule], [out_factors, in_factors]).write(update, None, 1.0, None)
-        ctx.rule = rule
-        ctx.save_for_backward(out_factors, in_factors, *taus)
+            taus = Stack([rule], factors).write(update, None, 1.0, None)
+        ctx.rule, ctx.count = rule, len(factors)
+        ctx.save_for_backward(*factors, *taus)
         return update
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        out_factors, in_factors, *taus = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        factors, taus = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         with full_precision(grad.device.type):
-            stack = Stack([ctx.rule], [out_factors, in_factors])
-            grads = stack.backward(taus, grad.contiguous(), None, 1.0, rewrite=False)
-        return grads[0].to(out_factors.dtype), grads[1].to(in_factors.dtype), None
+            grads = Stack([ctx.rule], factors).backward(taus, grad.contiguous(), None, 1.0, rewrite=False)
+        return None, *(each.to(factor.dtype) for each, factor in zip(grads, factors, strict=True))

@@ -21,6 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from snell_lightning.adapters.update.competition import tiles
+
 # Distances in fewer columns than this are taken from differences: the expansion's error at small distances is large
 # there, and such distances are frequent.
 _FEW_COLUMNS = 8
@@ -35,8 +37,8 @@ class Evaluation(Protocol):
     def accumulate(self, rows: slice, grad: Tensor) -> None:
         """Take the gradient `(rows, in)` of the rows that `fill` wrote last."""
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients of out and in factors from all that was accumulated."""
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Gradients of out and in factors, and of the mixture's scalars, from all that was accumulated."""
 
 
 class DistanceEvaluation:
@@ -90,10 +92,10 @@ class DistanceEvaluation:
     def accumulate(self, rows: slice, grad: Tensor) -> None:
         """Take the gradient `(rows, in)` of the rows that `fill` wrote last."""
         if self._sums is None:
-            self._sums = torch.empty_like(self._p), torch.zeros_like(self._q)
+            self._sums = torch.zeros_like(self._p), torch.zeros_like(self._q)
         # 1 / 0 counts 0; a NaN stays one.
         weights = self._distances.reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0, neginf=0.0).mul_(grad)
-        self._sums[0][:, :, rows] = torch.bmm(self._q, weights.mT)
+        self._sums[0][:, :, rows] += torch.bmm(self._q, weights.mT)
         self._sums[1].baddbmm_(self._p[:, :, rows], weights)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -136,10 +138,80 @@ class LinearEvaluation:
         return of_p, of_q
 
 
-KERNELS = ("distance", "linear")
+class MixtureEvaluation:
+    """SNELLA's mixture, `K = d + alpha * softmax(d / gamma) + beta`: d the distance kernel, the softmax over the rows.
+
+    The softmax needs a sum over each column, its gradient another: tiles are gone through once more for each, so that
+    nothing of the matrix's size is kept. With `s` the softmax and `G` the gradient of K, the gradient of d is
+    `G + alpha / gamma * s (G - c)`, where `c` is the sum of `s G` over the rows; that of alpha is the sum of `s G`,
+    that of beta the sum of `G`, and that of gamma `alpha / gamma^2` times the sum of `s G (e - d)`, where `e` is
+    the sum of `s d` over the rows.
+
+    Source: SNELLA (arXiv 2510.24037).
+
+    Args:
+        out_factors: P `(pieces, out, columns)`.
+        in_factors: Q `(pieces, in, columns)`.
+        scale: Size of the distance kernel's coefficients.
+        mixing: alpha, gamma and beta `(3,)`.
+    """
+
+    def __init__(self, out_factors: Tensor, in_factors: Tensor, scale: float, mixing: Tensor) -> None:
+        self._distance = DistanceEvaluation(out_factors, in_factors, scale)
+        self._alpha, self._gamma, self._beta = mixing.unbind()
+        self._shape = torch.Size((out_factors.shape[1], in_factors.shape[1]))
+        self._distances, self._softmax = (out_factors.new_empty(0) for _ in range(2))
+        self._log_sums = out_factors.new_full((self._shape[1],), -math.inf)
+        for rows in self._tiles():
+            tile = self._distances.resize_(rows.stop - rows.start, self._shape[1])
+            self._distance.fill(rows, tile)
+            self._log_sums = torch.logaddexp(self._log_sums, tile.div_(self._gamma).logsumexp(0))
+        # Over the rows, of each column: s G, s d and s G d; and G over all.
+        self._of_softmax, self._mean, self._both = (torch.zeros_like(self._log_sums) for _ in range(3))
+        self._of_beta = out_factors.new_zeros(())
+
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Write `K (rows, in)`; distances and softmax stay until the next call."""
+        distances, softmax = self._of_rows(rows)
+        torch.add(distances, self._beta, out=out).addcmul_(softmax, self._alpha)
+
+    def accumulate(self, rows: slice, grad: Tensor) -> None:
+        """Take the gradient `(rows, in)` of the rows that `fill` wrote last."""
+        distances, softmax = self._distances, self._softmax
+        shared = softmax * grad
+        self._of_softmax += shared.sum(0)
+        self._mean += (softmax * distances).sum(0)
+        self._both += shared.mul(distances).sum(0)
+        self._of_beta += grad.sum()
+        self._distance.accumulate(rows, grad + shared.mul_(self._alpha / self._gamma))
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of P and Q, in their shapes, and of alpha, gamma and beta `(3,)`."""
+        factor = self._alpha / self._gamma
+        for rows in self._tiles():
+            _, softmax = self._of_rows(rows)
+            self._distance.accumulate(rows, softmax.mul_(self._of_softmax).mul_(-factor))
+        of_p, of_q = self._distance.gradients()
+        of_gamma = (self._of_softmax * self._mean - self._both).sum() * factor / self._gamma
+        return of_p, of_q, torch.stack([self._of_softmax.sum(), of_gamma, self._of_beta])
+
+    def _of_rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        shape = rows.stop - rows.start, self._shape[1]
+        distances, softmax = self._distances.resize_(shape), self._softmax.resize_(shape)
+        self._distance.fill(rows, distances)
+        torch.div(distances, self._gamma, out=softmax).sub_(self._log_sums).exp_()
+        return distances, softmax
+
+    def _tiles(self) -> Iterator[slice]:
+        return tiles(self._log_sums.expand(self._shape))
 
 
-def evaluate(kernel: str, out_factors: Tensor, in_factors: Tensor, scale: float) -> Evaluation:
+KERNELS = ("distance", "linear", "mixture")
+
+
+def evaluate(
+    kernel: str, out_factors: Tensor, in_factors: Tensor, scale: float, mixing: Tensor | None = None
+) -> Evaluation:
     """The kernel of that name, one of `KERNELS`, at these factors.
 
     Args:
@@ -147,9 +219,12 @@ def evaluate(kernel: str, out_factors: Tensor, in_factors: Tensor, scale: float)
         out_factors: P `(pieces, out, columns)`.
         in_factors: Q `(pieces, in, columns)`.
         scale: Size of the distance kernel's coefficients.
+        mixing: Of the mixture alone, alpha, gamma and beta `(3,)`.
     """
     if kernel == "distance":
         return DistanceEvaluation(out_factors, in_factors, scale)
+    if mixing is not None:
+        return MixtureEvaluation(out_factors, in_factors, scale, mixing)
     return LinearEvaluation(out_factors, in_factors)
 
 

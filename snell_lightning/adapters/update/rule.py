@@ -7,7 +7,7 @@ at once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class UpdateRule:
     scale: float
     sparsifier: str
     sparsity: float
+    # Of the mixture alone, alpha, gamma and beta `(3,)`.
+    mixing: Tensor | None = field(default=None, compare=False)
 
     @property
     def dense(self) -> bool:
@@ -60,7 +62,7 @@ class UpdateRule:
         if loop.applies(self.kernel, out_factors, in_factors, base):
             kind, sparsity = ("none", None) if self.dense else (self.sparsifier, self.sparsity)
             return loop.write(out_factors, in_factors, self.scale, kind, sparsity, buffer, base, factor)
-        evaluation = evaluate(self.kernel, out_factors, in_factors, self.scale)
+        evaluation = evaluate(self.kernel, out_factors, in_factors, self.scale, self.mixing)
         for rows in tiles(buffer):
             evaluation.fill(rows, buffer[rows])
         tau = None if self.dense else threshold(buffer, self.sparsity)
@@ -82,8 +84,10 @@ class UpdateRule:
         base: Tensor | None = None,
         factor: float = 1.0,
         rewrite: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of both factors from the gradient of what `write` wrote; that is put in the gradient's place.
+    ) -> tuple[Tensor, ...]:
+        """Gradients of both factors, and of the mixture's scalars, from that of what `write` wrote.
+
+        What `write` wrote is put in the gradient's place.
 
         Args:
             out_factors: P.
@@ -97,7 +101,7 @@ class UpdateRule:
         if loop.applies(self.kernel, out_factors, in_factors, base, grad):
             kind = "none" if tau is None else self.sparsifier
             return loop.backward(out_factors, in_factors, self.scale, kind, tau, grad, base, factor, rewrite)
-        evaluation = evaluate(self.kernel, out_factors, in_factors, self.scale)
+        evaluation = evaluate(self.kernel, out_factors, in_factors, self.scale, self.mixing)
         buffers = out_factors.new_empty(0), out_factors.new_empty(0)
         for rows in tiles(grad):
             tile, scratch = (buffer.resize_(grad[rows].shape) for buffer in buffers)
@@ -111,8 +115,7 @@ class UpdateRule:
                 if tau is not None:
                     survivor_values_(tile, tau, self.sparsifier, scratch)
                 _put(grad[rows], tile, None if base is None else base[rows], factor)
-        of_p, of_q = evaluation.gradients()
-        return of_p.mul_(factor), of_q.mul_(factor)
+        return tuple(grad.mul_(factor) for grad in evaluation.gradients())
 
     def samples(self, out_factors: Tensor, in_factors: Tensor, tau: Tensor | None, *others: Tensor) -> bool:
         """Whether `sampled_backward` can be had, and is cheaper than a product and `backward`.

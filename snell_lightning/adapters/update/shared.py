@@ -101,7 +101,7 @@ def known_thresholds(rules: Sequence[UpdateRule], factors: Sequence[Tensor]) -> 
         rules: How the layer's updates are made.
         factors: P and Q of each in turn.
     """
-    if not triton.applies(*factors):
+    if rules[0].kernel not in triton.KERNELS or not triton.applies(*factors):
         return None
     address = factors[0].data_ptr()
     layer = _by_address.get(address)
@@ -138,7 +138,7 @@ def _state(updates: Sequence[SnellDelta]) -> _State | None:
     """The state of a layer's updates; None where they are not made together on a GPU, or dense."""
     factors = [factor for update in updates for factor in (update.out_factors, update.in_factors)]
     rules = [update.rule for update in updates]
-    if any(rule.dense for rule in rules) or not triton.applies(*factors):
+    if any(rule.dense for rule in rules) or rules[0].kernel not in triton.KERNELS or not triton.applies(*factors):
         return None
     first = factors[0]
     alike = rules[0].kernel, len(first), first.dtype, first.device, torch.is_inference_mode_enabled()

@@ -5,7 +5,7 @@ or where an order says.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Stack:
 
     Attributes:
         rules: How each update is made.
-        factors: P and Q of each in turn.
+        factors: P and Q of each in turn; behind them, of the mixture kernel, alpha, gamma and beta `(3,)` of each.
         order: `(out,)`, the row of the weight that each of their rows belongs to; None where they are in turn.
     """
 
@@ -36,6 +36,7 @@ class Stack:
         alike = all(
             (rule.kernel, rule.scale, rule.dense) == (first.kernel, first.scale, first.dense) for rule in self.rules
         )
+        alike = alike and first.kernel in triton.KERNELS
         return alike and triton.applies(*self.factors) and all(other.dtype in triton.TYPES for other in others)
 
     def write(
@@ -78,21 +79,24 @@ class Stack:
             rewrite: Whether the update is wanted.
 
         Returns:
-            Gradients of P and Q of each in turn.
+            Gradients of the factors, in their order.
         """
         if self.together(grad, *_given(base)):
             flat = torch.ops.snell.backward_all(*self._settings, _as_one(taus), grad, base, self.order, factor, rewrite)
             parts = flat.split([each.numel() for each in self.factors])
             return [part.view(each.shape) for part, each in zip(parts, self.factors, strict=True)]
         grads: list[Tensor] = []
+        of_mixing: list[Tensor] = []
         for (rule, p, q, rows), tau in zip(
             self._each(kernel_dtype(*self.factors, grad)), self._each_tau(taus), strict=True
         ):
             part = grad[rows]
-            grads += rule.backward(p, q, tau, part, None if base is None else base[rows], factor, rewrite)
+            of_p, of_q, *rest = rule.backward(p, q, tau, part, None if base is None else base[rows], factor, rewrite)
+            grads += [of_p, of_q]
+            of_mixing += rest
             if rewrite:
                 _put_back(grad, rows, part)
-        return grads
+        return grads + of_mixing
 
     def samples(self, taus: Sequence[Tensor], *others: Tensor) -> bool:
         """Whether `sampled_backward` can be had, and is cheaper than a product and `backward`.
@@ -160,8 +164,10 @@ class Stack:
 
     def _each(self, dtype: torch.dtype) -> Iterator[tuple[UpdateRule, Tensor, Tensor, slice | Tensor]]:
         """Each update's rule, P and Q in the kernel's precision, and its rows of the weight."""
-        start = 0
-        for rule, p, q in zip(self.rules, self.factors[::2], self.factors[1::2], strict=True):
+        start, count = 0, 2 * len(self.rules)
+        pairs, mixings = self.factors[:count], self.factors[count:]
+        rules = [replace(rule, mixing=each.to(dtype)) for rule, each in zip(self.rules, mixings, strict=False)]
+        for rule, p, q in zip(rules or self.rules, pairs[::2], pairs[1::2], strict=True):
             below = slice(start, start + p.shape[1])
             start = below.stop
             yield rule, p.to(dtype), q.to(dtype), below if self.order is None else self.order[below]

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from snell_lightning import UserError
 from snell_lightning.adapters import SnellConfig, SnellDelta
 from snell_lightning.adapters.layers.product import tuned_linear
+from snell_lightning.adapters.update import competition
 from snell_lightning.adapters.update.competition import SPARSIFIERS
 from snell_lightning.adapters.update.kernels import KERNELS
 from tests.adapters import reference
@@ -34,6 +36,9 @@ def make_delta(
     delta = SnellDelta(5, 4, config, dtype=torch.float64)
     nn.init.normal_(delta.in_factors)
     nn.init.normal_(delta.out_factors)
+    for name, value in {"alpha": 0.7, "gamma": 0.6, "beta": 0.1}.items():
+        if hasattr(delta, name):
+            nn.init.constant_(getattr(delta, name), value)
     return delta
 
 
@@ -55,7 +60,7 @@ def numerical_gradient(value: Callable[[], Tensor], at: Tensor) -> Tensor:
 def test_gradient_is_the_derivative_of_the_update(kernel: str, sparsifier: str) -> None:
     delta = make_delta(kernel, sparsifier)
 
-    assert torch.autograd.gradcheck(lambda *_: delta.weight(), (delta.out_factors, delta.in_factors))
+    assert torch.autograd.gradcheck(lambda *_: delta.weight(), tuple(delta.parameters()))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -67,9 +72,7 @@ def test_gradient_is_the_derivative_of_the_tuned_product(kernel: str, sparsifier
     weight = torch.randn(4, 5, dtype=torch.float64)
     offset = torch.randn(4, dtype=torch.float64) if bias else None
 
-    assert torch.autograd.gradcheck(
-        lambda x, *_: tuned_linear(x, weight, offset, [delta]), (x, delta.out_factors, delta.in_factors)
-    )
+    assert torch.autograd.gradcheck(lambda x, *_: tuned_linear(x, weight, offset, [delta]), (x, *delta.parameters()))
 
 
 # `magnitude` and `soft` hold |K| and the threshold constant: there the gradient is not the derivative of
@@ -84,7 +87,7 @@ def test_gradient_is_the_derivative_with_the_sparsifier_constants_frozen(kernel:
     torch.testing.assert_close(delta.weight(), reference.update(delta, frozen_at=base), rtol=1e-12, atol=1e-12)
     delta.weight().backward(grad)
 
-    for factors in (delta.out_factors, delta.in_factors):
+    for factors in delta.parameters():
         expected = numerical_gradient(lambda: (grad * reference.update(delta, frozen_at=base)).sum(), factors)
         torch.testing.assert_close(factors.grad, expected, rtol=1e-7, atol=1e-8)
 
@@ -102,7 +105,7 @@ def test_gradient_of_the_tuned_product_has_the_sparsifier_constants_frozen(kerne
 
     tuned_linear(x, weight, None, [delta]).backward(grad)
 
-    for tensor in (x, delta.out_factors, delta.in_factors):
+    for tensor in (x, *delta.parameters()):
         expected = numerical_gradient(surrogate, tensor)
         torch.testing.assert_close(tensor.grad, expected, rtol=1e-7, atol=1e-8)
 
@@ -244,3 +247,38 @@ def test_factors_start_uniform_within_the_kaiming_bound(features: tuple[int, int
         # A uniform variable on [-b, b] has the standard deviation b / sqrt(3); 320 draws or more give it
         # within 10 %.
         assert factors.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_the_mixture_is_the_same_in_tiles_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its softmax goes over all rows, of which a tile has some."""
+    delta = make_delta("mixture", "magnitude")
+    grad = torch.randn(4, 5, dtype=torch.float64)
+    whole = delta.weight()
+    expected = torch.autograd.grad(whole, tuple(delta.parameters()), grad)
+    monkeypatch.setattr(competition, "_TILE_ON_CPU", 5)
+    tiled = delta.weight()
+    found = torch.autograd.grad(tiled, tuple(delta.parameters()), grad)
+    torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_the_mixture_of_several_slices_gives_each_its_own_scalars() -> None:
+    deltas = [make_delta("mixture", "magnitude") for _ in range(3)]
+    nn.init.constant_(deltas[1].alpha, -0.4)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    weight, grad = torch.randn(12, 5, dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
+    tuned_linear(x, weight, None, deltas).backward(grad)
+    for number, delta in enumerate(deltas):
+        rows = slice(4 * number, 4 * number + 4)
+        expected = torch.autograd.grad(delta.weight(), tuple(delta.parameters()), grad[:, rows].T @ x)
+        for parameter, each in zip(delta.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, each, rtol=1e-10, atol=1e-12)
+
+
+def test_the_mixture_starts_where_the_paper_starts_it_and_not_at_zero() -> None:
+    delta = SnellDelta(5, 4, SnellConfig(rank=6, kernel="mixture"))
+    assert [getattr(delta, name).tolist() for name in ("alpha", "gamma", "beta")] == [[1.0], [1.0], [0.0]]
+    assert delta.adapter_params() == ["in_factors", "out_factors", "alpha", "gamma", "beta"]
+    assert delta.scale == 0.1
+    with pytest.raises(UserError, match="start zero cannot be under the kernel mixture"):
+        SnellConfig(kernel="mixture", start="zero")

@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensor
 DEVICES = frozenset({"cuda", "xpu"})
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor})
 TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+KERNELS = frozenset({"distance", "linear"})
 # The first compute capability of NVIDIA's devices that Triton supports.
 _CAPABILITY = (8, 0)
 
