@@ -26,6 +26,8 @@ from snell_lightning.adapters.injection import (
     freeze_all_but_head,
     inject,
     load_adapter_state_dict,
+    set_sparsity,
+    shared_sparsity,
 )
 from snell_lightning.adapters.layers.linear import SnellLinear
 from snell_lightning.adapters.names import plain_name, unwrapped
@@ -73,6 +75,8 @@ def save_adapter(
         "fingerprint": frozen or fingerprint(model),
         **metadata,
     }
+    if shared := shared_sparsity(model):
+        values["shared_sparsity"] = shared
     trained = adapter_state_dict(model) if tensors is None else tensors
     written = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
     with whole(path) as part:
@@ -150,4 +154,5 @@ def load_adapter(path: str | Path, model: nn.Module, backbone: str | None = None
             "create the backbone with the same pretrained weights"
         )
     load_adapter_state_dict(model, tensors)
+    set_sparsity(model, metadata.get("shared_sparsity", {}))
     return metadata

@@ -205,6 +205,24 @@ def deltas(model: nn.Module) -> dict[str, SnellDelta]:
     return {plain_name(name): module for name, module in modules if isinstance(module, SnellDelta)}
 
 
+def shared_sparsity(model: nn.Module) -> dict[str, float]:
+    """The sparsity of those updates, by name, that a budget has given another one than their settings."""
+    return {name: delta.sparsity for name, delta in deltas(model).items() if delta.sparsity != delta.config.sparsity}
+
+
+def set_sparsity(model: nn.Module, shared: Mapping[str, float]) -> None:
+    """Give updates the sparsity of their settings, or the one that `shared_sparsity` gave.
+
+    Raises:
+        UserError: The model has no update of one of the names.
+    """
+    own = deltas(model)
+    if unknown := shared.keys() - own.keys():
+        raise UserError(f"the model has no update {some(unknown)}; was it injected with the same settings?")
+    for name, delta in own.items():
+        delta.sparsity = shared.get(name, delta.config.sparsity)
+
+
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The adapter's own parameters, by their name in the model; the head is not among them."""
     for name, module in unwrapped(model).named_modules():
