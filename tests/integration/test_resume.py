@@ -79,8 +79,15 @@ def logged(run: Path) -> list[dict[str, str]]:
         ("--checkpoint.every_n_train_steps", "3", "--data.num_workers", "2"),
         # Saved while gradients wait for more, and by validations in the middle of an epoch, at whose end there is none.
         (*WAITING, "--trainer.max_epochs", "-1", "--trainer.max_steps", "8"),
+        # SNELLA: what a layer's share follows from, and the shares.
+        (
+            "--checkpoint.every_n_train_steps", "3", "--model.adapter.kernel", "mixture",
+            "--model.adapter.sparsity", "0.1", "--model.adapter.sparsifier", "magnitude",
+            "--trainer.callbacks+=snell_lightning.callbacks.LayerBudget",
+            "--trainer.callbacks.target_sparsity", "0.7",
+        ),
     ],
-)
+)  # fmt: skip
 def test_every_checkpoint_leads_to_the_same_end(options: tuple[str, ...], kept: Path, command: Command) -> None:
     assert command(*FIT, *options).status == 0
     whole = Path("runs/version_0")
