@@ -84,7 +84,8 @@ def logged(run: Path) -> list[dict[str, str]]:
             "--checkpoint.every_n_train_steps", "3", "--model.adapter.kernel", "mixture",
             "--model.adapter.sparsity", "0.1", "--model.adapter.sparsifier", "magnitude",
             "--trainer.callbacks+=snell_lightning.callbacks.LayerBudget",
-            "--trainer.callbacks.target_sparsity", "0.7",
+            "--trainer.callbacks.target_sparsity", "0.7", "--trainer.callbacks+=snell_lightning.callbacks.AdapterEMA",
+            "--trainer.callbacks.decay", "0.7",
         ),
     ],
 )  # fmt: skip
