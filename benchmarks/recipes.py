@@ -3,8 +3,7 @@
     python -m benchmarks.recipes
 
 `recipes.csv` has the hyperparameters of each of the 48 runs that were published with SNELL (arXiv 2411.01800) and
-SNELLA (arXiv 2510.24037). Those of SNELLA need the mixture kernel and a budget between layers, which are not here yet
-and are left out. `tests/test_recipes.py` compares every config with its row.
+SNELLA (arXiv 2510.24037). `tests/test_recipes.py` compares every config with its row.
 """
 
 import csv
@@ -26,7 +25,7 @@ TITLES = {"vtab": "VTAB-1k", "fgvc": "FGVC"}
 WARMUP = 10
 
 _CONFIG = """\
-# {title}, {benchmark}: {dataset}, with the published hyperparameters (arXiv 2411.01800).
+# {title}, {benchmark}: {dataset}, with the published hyperparameters (arXiv {paper}).
 #
 #     python -m snell_lightning fit --config {name} --data.root {root}
 #
@@ -40,8 +39,8 @@ model:
   adapter:
     rank: {rank}
     sparsity: {sparsity}
-    kernel: distance
-    sparsifier: magnitude
+    kernel: {kernel}
+    sparsifier: {sparsifier}
     pieces: 2
     scale: 0.1
     start: random
@@ -65,8 +64,25 @@ data:
 {images}  batch_size: {batch_size}
 trainer:
   max_epochs: {epochs}
-"""
+{more}"""
 _WHOLE = "  # The whole image, resized; no augmentation.\n  augmentation: none\n"
+_BUDGET = """\
+    # Layers compete, and the entries that survive get fewer, once an epoch.
+    - class_path: snell_lightning.callbacks.LayerBudget
+      init_args:
+        target_sparsity: {target_sparsity}
+        warmup_epochs: {init_warmup}
+        final_epochs: {final_warmup}
+        interval: {mask_interval}
+        beta1: {beta1}
+        beta2: {beta2}
+"""
+_AVERAGE = """\
+    # What is scored and saved are averages over steps.
+    - class_path: snell_lightning.callbacks.AdapterEMA
+      init_args:
+        decay: {ema_decay}
+"""
 _CROPPED = "  # Evaluated on the middle 224 of 256 pixels.\n  augmentation: crop\n  crop_pct: 0.875\n"
 
 
@@ -83,10 +99,15 @@ def config_name(row: dict[str, str]) -> str:
 
 def written(row: dict[str, str]) -> str:
     """A run's config."""
-    benchmark, epochs = row["benchmark"], int(row["epochs"])
+    benchmark, method, epochs = row["benchmark"], row["method"], int(row["epochs"])
     folder = f"vtab-1k/{row['dataset']}" if benchmark == "vtab" else FOLDERS[row["dataset"]]
     return _CONFIG.format(
-        title=f"SNELL-{row['rank']}",
+        title=f"{'SNELL' if method == 'snell' else 'SNELLA'}-{row['rank']}",
+        paper="2411.01800" if method == "snell" else "2510.24037",
+        kernel="distance" if method == "snell" else "mixture",
+        # The mixture without a budget is dense.
+        sparsifier="none" if method == "mixk" else "magnitude",
+        more=_more(row),
         benchmark=TITLES[benchmark],
         benchmark_key=benchmark,
         dataset=row["dataset"],
@@ -94,7 +115,7 @@ def written(row: dict[str, str]) -> str:
         root=folder,
         drop_path=row["drop_path"],
         rank=row["rank"],
-        sparsity=float(row["sparsity"]),
+        sparsity=float(row["sparsity"] or 0),
         lr=float(row["lr"]),
         weight_decay=float(row["weight_decay"]),
         warmup_epochs=WARMUP,
@@ -105,13 +126,20 @@ def written(row: dict[str, str]) -> str:
     )
 
 
+def _more(row: dict[str, str]) -> str:
+    """Precision and callbacks, where a run has them."""
+    precision = "  precision: 16-mixed\n" if row["amp"] == "True" else ""
+    callbacks = _BUDGET.format(**row) if row["budget_allocation"] == "True" else ""
+    callbacks += _AVERAGE.format(**row) if row["ema_decay"] else ""
+    return precision + (f"  callbacks:\n{callbacks}" if callbacks else "")
+
+
 def main() -> None:
     """Write them."""
     for row in rows():
-        if row["method"] == "snell":
-            path = CONFIGS.parent / config_name(row)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(written(row), encoding="utf-8")
+        path = CONFIGS.parent / config_name(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(written(row), encoding="utf-8")
 
 
 if __name__ == "__main__":

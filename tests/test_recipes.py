@@ -13,7 +13,7 @@ from benchmarks import recipes
 from snell_lightning import cli
 from snell_lightning.lightning_cli import SnellCLI
 
-ROWS = [row for row in recipes.rows() if row["method"] == "snell"]
+ROWS = recipes.rows()
 NAMES = [recipes.config_name(row) for row in ROWS]
 
 
@@ -39,9 +39,8 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return run
 
 
-def test_every_published_run_of_snell_has_a_config_and_no_config_is_of_none() -> None:
-    assert len(recipes.rows()) == 48
-    assert len(ROWS) == len(set(NAMES)) == 34
+def test_every_published_run_has_a_config_and_no_config_is_of_none() -> None:
+    assert len(ROWS) == len(set(NAMES)) == 48
     shipped = {path.relative_to(cli.SHIPPED_CONFIGS).as_posix() for path in recipes.CONFIGS.rglob("*/*.yaml")}
     assert shipped == set(NAMES)
 
@@ -56,11 +55,14 @@ def test_a_config_says_what_its_row_says(row: dict[str, str], name: str, parse: 
     adapter, optimizer = model.adapter, model.optimizer
     epochs = trainer.max_epochs
     cropped = data.augmentation == "crop"
+    callbacks = {each.class_path.rpartition(".")[2]: each.init_args for each in trainer.callbacks or []}
+    budget, average = callbacks.get("LayerBudget"), callbacks.get("AdapterEMA")
+    method = "snell" if adapter.kernel == "distance" else "mixk" if budget is None else "snella"
     # Every field of the table, as text; what a row leaves empty is not of its method.
     said = {
         "benchmark": data.source,
-        "group": f"snell{adapter.rank}",
-        "method": {"distance": "snell"}[adapter.kernel],
+        "group": f"{'snell' if method == 'snell' else 'snella'}{adapter.rank}",
+        "method": method,
         "dataset": Path(name).stem,
         "rank": adapter.rank,
         "sparsity": adapter.sparsity,
@@ -72,14 +74,33 @@ def test_a_config_says_what_its_row_says(row: dict[str, str], name: str, parse: 
         "no_aug": data.augmentation == "none",
         "direct_resize": not cropped,
         "inception_norm": data.normalization != "imagenet",
-        "budget_allocation": False,
+        "budget_allocation": budget is not None,
         "no_drop_out": adapter.dropout != 0.1,
         "no_drop_path": adapter.drop_path != 0.1,
         "drop_path": model.backbone_args["drop_path_rate"],
-        "script": "train.py",
+        "script": f"train{'_alloc' if budget or average else ''}{'_ema' if average else ''}.py",
     }
+    if budget is not None:
+        said |= {
+            "target_sparsity": budget.target_sparsity,
+            "init_warmup": budget.warmup_epochs,
+            "final_warmup": budget.final_epochs,
+            "mask_interval": budget.interval,
+            "beta1": budget.beta1,
+            "beta2": budget.beta2,
+        }
+    else:
+        # One row has a budget's settings without a budget.
+        row = {name: "" if name in _OF_A_BUDGET else value for name, value in row.items()}
+    if average is not None:
+        said["ema_decay"] = average.decay
     for field, value in row.items():
-        if field in said:
+        if field == "sparsity" and method == "mixk":
+            assert (value or "0", adapter.sparsity, adapter.sparsifier) == ("0", 0.0, "none")
+        elif field == "importance":
+            # What a budget follows from, named or not.
+            assert value in ("", "ipt")
+        elif field in said:
             expected = float(value) if isinstance(said[field], float) else type(said[field])(_as_python(value))
             assert said[field] == expected, field
         else:
@@ -89,12 +110,16 @@ def test_a_config_says_what_its_row_says(row: dict[str, str], name: str, parse: 
     assert model.backbone == "vit_base_patch16_224.augreg_in21k"
     assert model.pretrained
     assert optimizer.class_path == "torch.optim.AdamW"
-    assert (adapter.sparsifier, adapter.pieces, adapter.scale, adapter.start) == ("magnitude", 2, 0.1, "random")
+    assert (adapter.pieces, adapter.scale, adapter.start) == (2, 0.1, "random")
+    assert adapter.sparsifier == ("none" if method == "mixk" else "magnitude")
     assert adapter.dropout_pattern == {r"attn\.proj$": 0.0}
     assert (model.warmup * epochs, model.warmup_lr, model.min_lr) == (10, 1e-6, 1e-5)
     assert trainer.gradient_clip_val is None
     assert data.crop_pct == (224 / 256 if cropped else None)
     assert data.protocol == "validation"
+
+
+_OF_A_BUDGET = {"target_sparsity", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance"}
 
 
 def _as_python(value: str) -> Any:
@@ -133,7 +158,7 @@ def fgvc_tree(root: Path) -> Path:
     ("name", "tree", "folder"),
     [
         ("paper/vtab/snell32/kitti.yaml", vtab_tree, "kitti"),
-        ("paper/fgvc/snell8/cub.yaml", fgvc_tree, "birds"),
+        ("paper/fgvc/snella32/cub.yaml", fgvc_tree, "birds"),
     ],
 )
 def test_a_published_run_runs_on_a_tree_like_its_own_with_two_overrides(
