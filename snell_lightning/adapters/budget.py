@@ -78,7 +78,8 @@ class BudgetAllocator:
                 factors: Tensor = getattr(delta, side)
                 if factors.grad is None:
                     continue
-                now = (factors * factors.grad).abs().float().nan_to_num_(nan=0.0)
+                # Under fp16 a step whose gradients overflow is left out by the scaler.
+                now = (factors * factors.grad).abs().float().nan_to_num_(nan=0.0, posinf=0.0)
                 key = f"{name}.{side}"
                 if key not in self._averages:
                     self._averages[key] = torch.zeros_like(now), torch.zeros_like(now)

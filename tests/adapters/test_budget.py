@@ -102,7 +102,7 @@ def test_gradients_that_are_no_numbers_count_nothing() -> None:
     allocator = BudgetAllocator(deltas, 0.7, 8)
     take(deltas, 0, 0)
     deltas["a"].in_factors.grad[:] = math.nan
-    deltas["a"].out_factors.grad[:] = math.nan
+    deltas["a"].out_factors.grad[:] = -math.inf
     allocator.accumulate()
     assert allocator.scores() == {"a": 0.0, "b": 1.0}
 

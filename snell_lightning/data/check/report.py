@@ -33,7 +33,9 @@ def print_report(checked: Checked, console: Console | None = None) -> None:
         found = list(group)
         about = KINDS[kind]
         colour = _COLOURS[level]
-        console.print(f"[{colour}]{level}[/]: {len(found):,} x {about.text}; {about.advice}", highlight=False)
+        console.print(
+            f"[{colour}]{level}[/]: {len(found):,} x {about.text}; {about.advice}", highlight=False, soft_wrap=True
+        )
         for finding in found[:_ITEMS_SHOWN]:
             console.print(f"    {escape(_line(finding))}", highlight=False, soft_wrap=True)
         if len(found) > _ITEMS_SHOWN:
