@@ -7,7 +7,6 @@ batches of B see the same images. Evaluation covers each image exactly once over
 import logging
 import os
 from collections.abc import Sequence
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,16 +21,10 @@ from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones import EMBEDDED_BACKBONE
 from snell_lightning.backbones.sizes import ImageSize, as_size, pixels
 from snell_lightning.data.dataset import ImageDataset, ImageLoader, OnUnreadable, image_loader
-from snell_lightning.data.digits import digits
-from snell_lightning.data.folder import folder
-from snell_lightning.data.hugging_face import hugging_face
 from snell_lightning.data.leaks import shared_images
-from snell_lightning.data.lists import few_shot, fgvc, vtab
 from snell_lightning.data.samplers import ShardSampler, TrainSampler
-from snell_lightning.data.shards import webdataset
-from snell_lightning.data.splits import PUBLISHED, Sample, Source, SplitName, Splits, classes_lacking, listed
-from snell_lightning.data.table import table
-from snell_lightning.data.torchvision_sets import torchvision_set
+from snell_lightning.data.sources import source_of
+from snell_lightning.data.splits import PUBLISHED, Sample, SplitName, Splits, classes_lacking, listed
 from snell_lightning.data.transforms import (
     Augmentation,
     Normalization,
@@ -40,19 +33,6 @@ from snell_lightning.data.transforms import (
     build_transforms,
     require_choice,
 )
-
-SOURCES: dict[str, Source] = {
-    "digits": digits,
-    "folder": folder,
-    "table": table,
-    "vtab": vtab,
-    "fgvc": fgvc,
-    "few_shot": few_shot,
-    "webdataset": webdataset,
-}
-"""Every source by the name that `data.source` takes."""
-# Those with a set's name behind a colon.
-_NAMED = ("torchvision", "datasets")
 
 OnBadImage = Literal["error", "skip"]
 EvalSplit = Literal["test", "val", "train", "all"]
@@ -147,9 +127,7 @@ class ImageDataModule(lightning.LightningDataModule):
         on_bad_image: OnBadImage = "error",
     ) -> None:
         super().__init__()
-        kind, _, set_name = source.partition(":")
-        if kind not in _NAMED:
-            require_choice("source", source, (*SOURCES, *(f"{kind}:NAME" for kind in _NAMED)))
+        find = source_of(source, columns, download)
         require_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
         require_choice("eval_split", eval_split, get_args(EvalSplit))
         require_choice("protocol", protocol, get_args(EvalProtocol))
@@ -186,17 +164,6 @@ class ImageDataModule(lightning.LightningDataModule):
         self.root = path = Path(root) if root is not None else None
         if classes is not None and len(set(classes)) < len(classes):
             raise UserError(f"data.classes names a class twice: {', '.join(classes)}")
-        if columns is not None and kind not in ("table", "datasets"):
-            raise UserError(f"data.columns is for data.source table or datasets, not {source}")
-        if download and kind != "torchvision":
-            raise UserError(f"data.download is for data.source torchvision:NAME, not {source}")
-        find: Source
-        if kind == "torchvision":
-            find = partial(torchvision_set, set_name, download)
-        elif kind == "datasets":
-            find = partial(hugging_face, set_name, columns=columns)
-        else:
-            find = SOURCES[source] if columns is None else partial(table, columns=columns)
         splits = find(path, val_fraction, test_fraction, seed, fixed_splits, classes)
         self.protocol = protocol
         if protocol == "published":
