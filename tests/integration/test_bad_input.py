@@ -139,7 +139,7 @@ def test_a_mistake_in_a_config_file_is_named(text: str, expected: list[str], ref
 
 
 def test_an_unknown_command_is_answered_with_the_known_ones(refused: Refused) -> None:
-    known = "fit, validate, test, predict, merge, memory"
+    known = "fit, validate, test, predict, merge, memory, check-data"
     assert f"there is no command 'fti'; expected one of {known}" in refused("fti", *QUICK)
     assert f"name a command: {known}; --help says more" in refused()
 
