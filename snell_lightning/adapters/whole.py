@@ -8,6 +8,17 @@ from pathlib import Path
 _PART = ".part"
 
 
+def user_cache() -> Path:
+    """The folder of what is kept for this user between runs; made for nobody else.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snell_lightning"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
 @contextlib.contextmanager
 def whole(path: str | Path, previous: str | Path | None = None) -> Iterator[Path]:
     """Write a file under another name beside it, which it gets once it is written and safe on the disk.

@@ -5,7 +5,6 @@ batches of B see the same images. Evaluation covers each image exactly once over
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.utils.data import Sampler
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones import EMBEDDED_BACKBONE
 from snell_lightning.backbones.sizes import ImageSize, as_size, pixels
-from snell_lightning.data.dataset import ImageDataset, ImageLoader, OnUnreadable, image_loader
+from snell_lightning.data.dataset import ImageDataset, ImageLoader, OnUnreadable, image_loader, processors
 from snell_lightning.data.leaks import shared_images
 from snell_lightning.data.samplers import ShardSampler, TrainSampler
 from snell_lightning.data.sources import source_of
@@ -375,9 +374,8 @@ class ImageDataModule(lightning.LightningDataModule):
 
 def _share_of_processors(trainer: lightning.Trainer) -> int:
     """Workers for one of the processes that train on this machine, beside itself."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = max(1, trainer.world_size // trainer.num_nodes)
-    return max(1, min(_MOST_WORKERS, processors // processes - 1))
+    return max(1, min(_MOST_WORKERS, processors() // processes - 1))
 
 
 def _at_least(argument: str, value: int, smallest: int) -> int:

@@ -9,6 +9,7 @@ would be lost. The `ImageLoader`, in the main process, takes them off the batch 
 """
 
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -220,6 +221,11 @@ class ImageLoader(DataLoader):
         sampler = getattr(self.batch_sampler, "sampler", None)
         _log.warning(f"[rank {getattr(sampler, 'rank', 0)}] {message}")
         skipped.clear()
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def image_loader(

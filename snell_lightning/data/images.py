@@ -70,12 +70,17 @@ def why_unreadable(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF note says; one whose note cannot be read stays as it is."""
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """How an image is to be turned by its EXIF note; None for not at all, and where the note cannot be read."""
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged metadata does not make the pixels unreadable, and raises whatever it happens to
-        return image
+        return None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF note says."""
+    turn = turn_of(image)
     return image if turn is None else image.transpose(turn)
 
 

@@ -10,6 +10,7 @@ a run goes on is as exact as of a folder. Training goes through the shards a few
 that a disk or a network reads nearly in a row.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -25,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from snell_lightning.adapters.errors import UserError
-from snell_lightning.adapters.whole import whole
+from snell_lightning.adapters.whole import user_cache, whole
 from snell_lightning.data.folder import split_named
 from snell_lightning.data.images import open_image_file, readable_endings
 from snell_lightning.data.listing import folders_in
@@ -143,20 +144,15 @@ def _index(path: Path) -> dict[str, np.ndarray]:
     """Where the images of a shard lie, and their labels; from the cache if the file is as it was."""
     status = path.stat()
     told = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode(errors="surrogateescape")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snell_lightning" / "shards"
-    kept = cache / f"{blake2b(told, digest_size=16).hexdigest()}.npz"
+    name = f"{blake2b(told, digest_size=16).hexdigest()}.npz"
     try:
-        with np.load(kept) as arrays:
-            return {name: arrays[name] for name in _FIELDS}
+        with np.load(user_cache() / "shards" / name) as arrays:
+            return {field: arrays[field] for field in _FIELDS}
     except (OSError, ValueError, KeyError):
-        pass
-    index = _read_index(path)
-    try:
-        with whole(kept) as part, part.open("wb") as file:
-            np.savez_compressed(file, **index)  # type: ignore[arg-type]
-    except OSError:
-        # Without a cache it is read again the next time.
-        pass
+        index = _read_index(path)
+    # Without a cache it is read again the next time.
+    with contextlib.suppress(OSError), whole(user_cache() / "shards" / name) as part, part.open("wb") as file:
+        np.savez_compressed(file, **index)  # type: ignore[arg-type]  # the stubs take a field for an option
     return index
 
 

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from snell_lightning.adapters import UserError, read_adapter
 from snell_lightning.arguments import tell
+from snell_lightning.data.dataset import processors
 from snell_lightning.data.images import open_image_file, why_unreadable
 from snell_lightning.data.transforms import Transform
 from snell_lightning.inference.classifier import Classifier, load_classifier
@@ -223,7 +224,7 @@ def _collate(items: Sequence[Tensor | str]) -> tuple[Tensor, list[str]]:
 def _loader(images: _Images, batches: list[list[int]], job: Job, device: torch.device) -> DataLoader:
     workers = job.num_workers
     if workers is None:
-        workers = 0 if device.type == "cpu" else max(1, min(8, _processors() // job.devices))
+        workers = 0 if device.type == "cpu" else max(1, min(8, processors() // job.devices))
     pinned = device.type != "cpu"
     return DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=pinned)
 
@@ -273,7 +274,7 @@ def _process(job: Job, parts: Parts, numbers: Sequence[int], place: int, parent:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     device = _device(place, job.devices)
     if device.type == "cpu":
-        torch.set_num_threads(max(1, _processors() // job.devices))
+        torch.set_num_threads(max(1, processors() // job.devices))
 
     def report(images: int) -> None:
         if os.getppid() != parent:
@@ -299,11 +300,6 @@ def _device(place: int, devices: int) -> torch.device:
     if devices > count:
         raise UserError(f"--devices {devices}, and there are {count} of type {device.type}")
     return torch.device(device.type, place)
-
-
-def _processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(job: Job) -> None:

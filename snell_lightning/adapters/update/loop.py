@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from snell_lightning.adapters.update.competition import SAMPLE, bracket, sample_step, survivors_rank, threshold
+from snell_lightning.adapters.whole import user_cache
 
 _SOURCE = Path(__file__).with_name("loop.c")
 _FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
@@ -303,9 +304,8 @@ def _cached() -> ctypes.CDLL:
     version = _run(os.environ.get("CC", "cc"), "--version")
     identity = "\n".join([*_FLAGS, version, platform.machine(), _processor(), _SOURCE.read_text(encoding="utf-8")])
     name = f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snell_lightning"
     try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        cache = user_cache()
         # Code is loaded from there: only a folder that nobody else can write to will do.
         status = cache.stat()
         private = status.st_uid == os.getuid() and not status.st_mode & 0o022

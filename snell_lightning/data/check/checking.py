@@ -19,6 +19,7 @@ from snell_lightning.backbones.sizes import ImageSize, sides
 from snell_lightning.data.check.kinds import KINDS, Finding
 from snell_lightning.data.check.looking import Look, look
 from snell_lightning.data.check.twins import nearly_same, same
+from snell_lightning.data.dataset import processors
 from snell_lightning.data.splits import SplitName, Splits, lacking, name_of
 
 _AT_ONCE = 32
@@ -108,10 +109,8 @@ def _name(path: str, root: Path | None) -> str:
 
 
 def _look_at_all(dataset: _Looks, workers: int | None) -> list[Look]:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    loader: DataLoader = DataLoader(
-        dataset, batch_size=_AT_ONCE, num_workers=count if workers is None else workers, collate_fn=list
-    )
+    count = processors() if workers is None else workers
+    loader: DataLoader = DataLoader(dataset, batch_size=_AT_ONCE, num_workers=count, collate_fn=list)
     looks: list[Look] = []
     try:
         with _progress(len(dataset)) as progress:

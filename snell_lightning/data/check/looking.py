@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from snell_lightning.data.images import as_rgb, open_image_file, readable_formats, upright, why_unreadable
+from snell_lightning.data.images import as_rgb, open_image_file, readable_formats, turn_of, upright, why_unreadable
 
-_ORIENTATION = 0x0112  # EXIF
 _HUGE = 25_000_000
 _LONG = 4
 # Grey levels between the darkest and the brightest pixel; of a single shade a JPEG makes a few.
@@ -104,11 +103,7 @@ def _of_file(path: str, image: Image.Image) -> list[tuple[str, str]]:
     expected = Image.registered_extensions().get(ending)
     if expected != image.format and not any({expected, image.format} <= kin for kin in _KIN):
         faults.append(("wrong_ending", f"{image.format}"))
-    try:
-        turn = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged metadata
-        turn = 1
-    if turn in range(2, 9):
+    if turn_of(image) is not None:
         faults.append(("turned", ""))
     if image.mode[0] in "IF":
         faults.append(("deep", image.mode))
