@@ -194,5 +194,6 @@ def _read_index(path: Path) -> dict[str, np.ndarray]:
 def _label(ending: str, content: bytes) -> str | None:
     if ending == ".cls":
         return content.decode().strip()
-    label = json.loads(content).get("label")
+    said = json.loads(content)
+    label = said.get("label") if isinstance(said, dict) else None
     return None if label is None else str(label)

@@ -158,6 +158,12 @@ def without_a_class(root: Path) -> None:
         add(archive, "2.png", picture(2))
 
 
+def without_a_name_for_it(root: Path) -> None:
+    with tarfile.open(root / "val-000000.tar", "w") as archive:
+        add(archive, "1.png", picture(1))
+        add(archive, "1.json", b"[1]")
+
+
 def compressed(root: Path) -> None:
     with tarfile.open(root / "val-000000.tar", "w:gz") as archive:
         add(archive, "1.png", picture(1))
@@ -167,6 +173,7 @@ def compressed(root: Path) -> None:
     ("change", "message"),
     [
         (without_a_class, r"1 of the 2 images in .*val-000000.tar have no class, such as 2"),
+        (without_a_name_for_it, r"1 of the 1 images in .*val-000000.tar have no class, such as 1"),
         (compressed, r"val-000000.tar is not a whole, uncompressed tar file"),
         (lambda root: (root / "val-000000.tar").write_bytes(b"no tar" * 999), r"is not a whole, uncompressed tar file"),
         (lambda root: write(root / "val-000000.tar", range(0)), r"val-000000.tar holds no image; expected ROOT/train"),
