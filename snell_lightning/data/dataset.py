@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from snell_lightning.adapters.errors import UserError
 from snell_lightning.backbones.sizes import ImageSize, sides
@@ -173,8 +174,10 @@ class ImageLoader(DataLoader):
             self._report(skipped)
 
     def close(self) -> None:
-        """End the worker processes."""
-        self._iterator = None
+        """End the worker processes, whoever else still holds on to the iterator that they belong to."""
+        iterator, self._iterator = self._iterator, None
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the epoch this is, in images over all processes; nothing of a loader that is not trained from."""
