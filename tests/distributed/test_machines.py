@@ -13,11 +13,13 @@ from tests.distributed import jobs
 from tests.distributed.hosts import Hosts
 from tests.distributed.jobs import wait_for
 
-# 24 steps of 2 batches. Four processes add up in another order, and Adam makes a step of the learning rate's size of a
-# gradient that is nearly zero, whatever its sign: what that leaves falls with the rate.
+# 24 steps of 2 batches. Four processes add up in another order. Adam makes a step of the learning rate's size of a
+# gradient that is nearly zero, whatever its sign: what that leaves falls with the rate. And where an entry is at the
+# threshold, the order decides whether it survives: `soft` has no jump there, with `hard` some parameters part by up to
+# 1e-4, on some processors.
 SHORT = (
     "--trainer.max_epochs", "6", "--trainer.limit_train_batches", "8", "--data.eval_batch_size", "25",
-    "--model.adapter.rank", "4", "--model.optimizer.lr", "5e-4",
+    "--model.adapter.rank", "4", "--model.optimizer.lr", "5e-4", "--model.adapter.sparsifier", "soft",
 )  # fmt: skip
 FOUR = (*SHORT, "--data.batch_size", "4", "--config", "trainer/multinode.yaml")
 COUNT = ("--trainer.callbacks+", "tests.distributed.callbacks.CountBytes")
@@ -46,7 +48,7 @@ def test_four_processes_on_two_hosts_give_the_parameters_and_the_scores_of_one(
     assert here["state_dict"].keys() == there["state_dict"].keys()
     for name, tensor in here["state_dict"].items():
         torch.testing.assert_close(
-            there["state_dict"][name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            there["state_dict"][name], tensor, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
     moments = [state["exp_avg"].abs().max() for state in there["optimizer_states"][0]["state"].values()]
     assert min(moments) > 0, "something was not trained"
