@@ -167,7 +167,6 @@ class ImageLoader(DataLoader):
                 yield images, labels
         except Exception:
             # Its workers end here, and not whenever an error that holds on to this frame is let go.
-            del batches
             self.close()
             raise
         finally:
