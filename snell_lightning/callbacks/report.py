@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,6 +32,8 @@ from snell_lightning.runs import short
 
 # A matrix of more classes is no longer read, by nobody.
 _CLASSES = 1000
+# With fewer steps or images, a bad score may mean nothing.
+_STEPS, _IMAGES = 20, 20
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,30 @@ class ClassReport(Callback):
         self._finish(trainer, self.best, pictures=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what the best epoch's tables say, and draw its pictures."""
+        """Say what the best epoch's tables say and whether the last one had lost it again, and draw its pictures."""
+        if (lost := self._lost(trainer)) is not None:
+            rank_zero_warn(lost)
         if self.best is None or self._log_dir is None:
             return
         rank_zero_info(describe(self.best, Path(self._log_dir)))
         if self.pictures:
             self._draw(trainer, self.best)
+
+    def _lost(self, trainer: Trainer) -> str | None:
+        """What to say of a run that ended no better than guessing; None of any other."""
+        if trainer.global_step < _STEPS or sum(map(len, self._labels)) < _IMAGES:
+            return None
+        last = Report("", (), torch.cat(self._labels).numpy(), torch.cat(self._taken_for).numpy(), (), 0)
+        if not _guesses(last):
+            return None
+        rate = max(group.get("initial_lr", group["lr"]) for group in trainer.optimizers[0].param_groups)
+        said = (
+            f"at the end validation was no better than guessing (balanced accuracy {balanced_accuracy(last):.4f}): "
+            f"model.optimizer.lr, {rate:g}, is probably too high"
+        )
+        if self.best is None or _guesses(self.best):
+            return f"{said} or far too low; try a third of it, and ten times as much"
+        return f"{said}; try a third of it. The adapter that is saved is of step {self.best.step}, before that"
 
     def _clear(self) -> None:
         self._labels: list[Tensor] = []
@@ -259,6 +279,12 @@ def balanced_accuracy(report: Report) -> float:
     """Mean of the recalls of the classes that have images."""
     labels, found = report.labels, report.taken_for
     return float(np.mean([(found[labels == label] == label).mean() for label in np.unique(labels)]))
+
+
+def _guesses(report: Report) -> bool:
+    """Whether the images are told apart no better than by chance, or by so little that it may be chance."""
+    classes = len(np.unique(report.labels))
+    return classes > 1 and balanced_accuracy(report) <= min(1.5 / classes, 1 / classes + 0.05)
 
 
 def _write(path: Path, rows: Sequence[Sequence[Any]]) -> None:

@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn import metrics as reference
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from snell_lightning import ImageDataModule, load_classifier
+from snell_lightning.callbacks.report import ClassReport, Report
 
 from .conftest import QUICK, Command
 
@@ -89,6 +92,44 @@ def test_of_test_they_are_the_same_whatever_the_number_of_processes(work: Path, 
 
     check_tables(Path("runs") / "test_0", "test", "test")
     assert len(list((Path("runs") / "test_0").glob("test_*.png"))) == 2
+
+
+RIGHT = [0, 1, 2, 3] * 10
+
+
+class TestEndingNoBetterThanGuessing:
+    SAID = "at the end validation was no better than guessing (balanced accuracy "
+
+    def test_is_said_with_the_rate_to_try(self, work: Path, command: Command, recwarn: pytest.WarningsRecorder) -> None:
+        done = command("fit", *QUICK, "--trainer.limit_train_batches", "12", "--model.optimizer.lr", "1.0")
+
+        assert done.status == 0, done.err
+        (said,) = [str(one.message) for one in recwarn if self.SAID in str(one.message)]
+        assert "): model.optimizer.lr, 1, is probably too high or far too low; try a third of it" in said
+
+    @pytest.mark.parametrize(
+        ("best", "last", "steps", "expected"),
+        [
+            (RIGHT, [1] * 40, 30, "; try a third of it. The adapter that is saved is of step 10, before that"),
+            ([1] * 40, [1] * 40, 30, " or far too low; try a third of it, and ten times as much"),
+            # What was learnt is still there; too few steps; too few images.
+            (RIGHT, [*RIGHT[4:], 1, 1, 1, 1], 30, None),
+            ([1] * 40, [1] * 40, 19, None),
+            ([1] * 16, [1] * 16, 30, None),
+        ],
+    )
+    def test_is_told_from_what_was_never_learnt(
+        self, best: list[int], last: list[int], steps: int, expected: str | None
+    ) -> None:
+        callback = ClassReport()
+        labels = np.array([0, 1, 2, 3] * (len(last) // 4))
+        callback.best = Report("val", tuple("abcd"), labels, np.array(best), (), 10)
+        callback._labels, callback._taken_for = [torch.tensor(labels)], [torch.tensor(last)]
+        optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "initial_lr": 0.012}])
+
+        said = callback._lost(SimpleNamespace(global_step=steps, optimizers=[optimizer]))
+
+        assert said == (expected and f"{self.SAID}0.2500): model.optimizer.lr, 0.012, is probably too high{expected}")
 
 
 def test_another_metric_chooses_the_epoch_and_the_classes_are_balanced(work: Path, command: Command) -> None:
