@@ -66,7 +66,7 @@ def compiled(name: str, settings: dict[str, Any], capability: tuple[int, int]) -
     program = getattr(module, name)
     kinds = {
         "updates": "*i64", "programs": "*i32", "sums": "*i64", "reductions": "*i32", "scales": "*fp32",
-        "ranks": "*i32", "counts": "*i32", "taus": "*fp32", "partial": "*fp32", "scale": "fp32", "factor": "fp32",
+        "ranks": "*i32", "counts": "*i32", "taus": "*fp32", "partial": "*fp32", "factor": "fp32",
         "base": "*fp32", "base_stride": "i32", "width": "i32", "grad": "*bf16",
         "out": "*fp32" if name == "_reduce" else "*bf16",
         "number": "i64", "seed": "*i64", "mask": "*i1", "rows": "i32", "columns": "i32", "each": "i32",

@@ -40,7 +40,7 @@ from snell_lightning.adapters import (
     read_adapter,
     updates_made_once,
 )
-from snell_lightning.adapters.injection import set_sparsity, shared_sparsity
+from snell_lightning.adapters.injection import set_sparsity, set_value_updates, shared_sparsity, value_updates
 from snell_lightning.adapters.names import plain_name
 from snell_lightning.backbones import EMBEDDED_BACKBONE
 from snell_lightning.backbones.sizes import ImageSize
@@ -358,6 +358,7 @@ class ImageClassifier(LightningModule):
             "data": data.settings() if data is not None and hasattr(data, "settings") else {},
             "images_per_step": self._images_per_step(),
             "shared_sparsity": shared_sparsity(self.model),
+            "value_updates": value_updates(self.model),
         }
 
     def _images_per_step(self) -> int | None:
@@ -399,6 +400,7 @@ class ImageClassifier(LightningModule):
                 f"the checkpoint was made on other frozen weights of {self.backbone_name!r}; use the same ones"
             )
         set_sparsity(self.model, made_on.get("shared_sparsity", {}))
+        set_value_updates(self.model, made_on.get("value_updates", ()))
         complete(checkpoint, made_on.get("thinned", [["state_dict"]]), self.state_dict())
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,9 +34,9 @@ class SnellConfig:
             (SNELLA's: the distance with a softmax over its rows, in learnable parts).
         sparsifier: `hard` (a plain mask), `magnitude` (released code), `soft` (the paper's Eq. 5) or `none` (dense).
         pieces: Number of distances the kernel sums with alternating sign.
-        scale: Size of the distance kernel's coefficients, or `auto`: by width, rank, sparsity and number of layers, so
-            that one learning rate serves all (`kernels.automatic_scale`); under `magnitude` and `soft` the published
-            0.1, as under the kernel `mixture`.
+        scale: Size of the distance kernel's coefficients, or `auto`: by width, rank, sparsity and number of layers, and
+            less for attention's values, so that one learning rate serves all (`kernels.automatic_scale`); under
+            `magnitude` and `soft` the published 0.1, as under the kernel `mixture`.
         start: `random` as published; `zero`, an update that is exactly zero at first, for the sparsifiers `hard` and
             `none` and, under the distance kernel, an even number of pieces; or `auto`: zero where that can be.
         dropout: Probability of dropping an entry of the update's input, in [0, 1).
@@ -117,13 +117,19 @@ class SnellConfig:
         """Whether an update is exactly zero at first."""
         return self.start == "zero" or (self.start == "auto" and self._why_not_zero() is None)
 
-    def layer_scale(self, in_features: int, layers: int) -> float:
-        """The kernel's coefficients in a layer of this width, one of so many that are adapted."""
+    def layer_scale(self, in_features: int, layers: int, of_values: bool = False) -> float:
+        """The kernel's coefficients in a layer of this width, one of so many that are adapted.
+
+        Args:
+            in_features: Width of the layer's input.
+            layers: Number of layers that are adapted.
+            of_values: Whether attention averages what the projection gives.
+        """
         if not isinstance(self.scale, str):
             return self.scale
         if self.sparsifier not in _PLAIN or self.kernel == "mixture":
             return _PUBLISHED_SCALE
-        return automatic_scale(in_features, self.rank, self.sparsity, layers)
+        return automatic_scale(in_features, self.rank, self.sparsity, layers, of_values)
 
     def _why_not_zero(self) -> str | None:
         """Why an update cannot start at zero; None where it can."""

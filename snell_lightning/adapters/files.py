@@ -27,7 +27,9 @@ from snell_lightning.adapters.injection import (
     inject,
     load_adapter_state_dict,
     set_sparsity,
+    set_value_updates,
     shared_sparsity,
+    value_updates,
 )
 from snell_lightning.adapters.layers.linear import SnellLinear
 from snell_lightning.adapters.names import plain_name, unwrapped
@@ -77,6 +79,8 @@ def save_adapter(
     }
     if shared := shared_sparsity(model):
         values["shared_sparsity"] = shared
+    if averaged := value_updates(model):
+        values["value_updates"] = averaged
     trained = adapter_state_dict(model) if tensors is None else tensors
     written = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
     with whole(path) as part:
@@ -155,4 +159,5 @@ def load_adapter(path: str | Path, model: nn.Module, backbone: str | None = None
         )
     load_adapter_state_dict(model, tensors)
     set_sparsity(model, metadata.get("shared_sparsity", {}))
+    set_value_updates(model, metadata.get("value_updates", ()))
     return metadata

@@ -7,7 +7,7 @@ layers back. Which parameters are an adapter's is not guessed from their names: 
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -79,12 +79,13 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
     open_attention(model)
     reset: set[nn.Module] = set()
     uncalled: set[str] = set()
+    values: set[tuple[str, int]] = set()
     try:
         targets = find_targets(model, config)
         close_attention(model, targets.values())
         extra = _extra_parameters(model, config)
         reset = _have_qkv_called(model, targets)
-        parts = divide(model, adaptable_layers(model), targets, example, uncalled)
+        parts = divide(model, adaptable_layers(model), targets, example, uncalled, values)
     except UserError:
         for module in reset:
             setattr(module, _CALLS_QKV, False)
@@ -96,7 +97,13 @@ def inject(model: nn.Module, config: SnellConfig, example: Any = None) -> list[s
         parameter.requires_grad_(id(parameter) in head_parameters or name in extra)
     freeze_statistics(model)
     adapted = {
-        id(layer): SnellLinear(layer, layer_config(name, config), parts[name] or 1, len(targets))
+        id(layer): SnellLinear(
+            layer,
+            layer_config(name, config),
+            parts[name] or 1,
+            len(targets),
+            {place for of, place in values if of == name},
+        )
         for name, layer in targets.items()
     }
     shared = SharedThresholds()
@@ -221,6 +228,25 @@ def set_sparsity(model: nn.Module, shared: Mapping[str, float]) -> None:
         raise UserError(f"the model has no update {some(unknown)}; was it injected with the same settings?")
     for name, delta in own.items():
         delta.sparsity = shared.get(name, delta.config.sparsity)
+
+
+def value_updates(model: nn.Module) -> list[str]:
+    """The updates, by name, of projections that attention averages, which the automatic scale makes smaller."""
+    return [name for name, delta in deltas(model).items() if delta.of_values and delta.config.scale == "auto"]
+
+
+def set_value_updates(model: nn.Module, names: Collection[str]) -> None:
+    """Have the updates the scale that they were tuned with: of `value_updates`, whatever is seen of the model here.
+
+    Raises:
+        UserError: The model has no update of one of the names.
+    """
+    own = deltas(model)
+    if unknown := set(names) - own.keys():
+        raise UserError(f"the model has no update {some(sorted(unknown))}; was it injected with the same settings?")
+    for name, delta in own.items():
+        if delta.of_values != (name in names):
+            delta.of_values = not delta.of_values
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

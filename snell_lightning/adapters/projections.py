@@ -76,11 +76,16 @@ _MULTIPLY = {_aten.mul, _aten.mul_}
 
 @dataclass
 class _Seen:
-    """The sets of a layer's rows that arrived somewhere together, and those of them that did so in a product."""
+    """The sets of a layer's rows that arrived somewhere together, and those of them that did so in a product.
+
+    Attributes:
+        values: The rows that attention averages.
+    """
 
     rows: int
     parts: set[frozenset[int]] = field(default_factory=set)
     factors: set[frozenset[int]] = field(default_factory=set)
+    values: set[int] = field(default_factory=set)
 
 
 def divide(
@@ -89,6 +94,7 @@ def divide(
     wanted: Iterable[str],
     example: Any = None,
     uncalled: set[str] | None = None,
+    values: set[tuple[str, int]] | None = None,
 ) -> dict[str, list[list[int]] | None]:
     """For each wanted layer the rows of its projections, that of the lowest row first: one list if it is not fused.
 
@@ -98,6 +104,7 @@ def divide(
         wanted: Names of some of them.
         example: What the model is called with, a tensor or a tuple; by default images of the size the model names.
         uncalled: Takes the names of layers that the model computes with without calling them.
+        values: Takes the projections to attention's values, as a layer's name and a place in its list.
 
     Returns:
         Lists that have each row of the layer once; None for a layer that could not be followed, since the model does
@@ -119,7 +126,10 @@ def divide(
             if found[layer] is None and parts is not None and (error is None or len(parts) > 1):
                 # A single weight has nothing to compete with.
                 width = layers[layer].weight.shape[1]
-                found[layer] = [list(range(seen[layer].rows))] if width == min(map(len, parts)) == 1 else parts
+                parts = [list(range(seen[layer].rows))] if width == min(map(len, parts)) == 1 else parts
+                found[layer], averaged = parts, seen[layer].values
+                if values is not None:
+                    values.update((layer, place) for place, part in enumerate(parts) if averaged.issuperset(part))
         if None not in found.values() or (error is None and not name):
             break
     return found
@@ -256,6 +266,9 @@ class _Follower(TorchDispatchMode):
         attends = operation in _ATTEND or "attention" in operation.__name__
         if attends or operation in _CONTRACT or operation is _aten.convolution:
             self._note(parts or [self._set(numbers)], lambda name: attends)
+            for averaged in _averaged(operation, args) if attends else ():
+                for name, rows in self._by_layer(self._set(getattr(averaged, _ROWS))):
+                    self.seen[name].values |= rows
             return
         if any(parts[0].isdisjoint(part) for part in parts[1:]):
             # Two layers' outputs, or two parts of one, are combined entry by entry. In a sum the latter may be the
@@ -297,6 +310,30 @@ class _Follower(TorchDispatchMode):
             rows.setdefault(bisect_right(self._starts, number) - 1, []).append(number)
         for layer, numbers in rows.items():
             yield self._names[layer], frozenset(number - self._starts[layer] for number in numbers)
+
+
+def _averaged(operation: Any, args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The operand of attention that weights average over its tokens.
+
+    The third of attention's own functions; of a matrix product with weights that are of no layer's rows, the operand
+    that has rows along the side that stays and none along the one that is summed over, as q and k have.
+    """
+    if operation not in _ATTEND:
+        yield from (operand for operand in args[2:3] if hasattr(operand, _ROWS))
+        return
+    operands = [(operand, getattr(operand, _ROWS, None)) for operand in args[operation is _aten.baddbmm :][:2]]
+    sides = [[numbers is not None and _varies(numbers, dim) for dim in (-2, -1)] for _, numbers in operands]
+    for (operand, _), (high, wide), other, summed in zip(operands, sides, reversed(sides), (-1, -2), strict=True):
+        stays, goes = (high, wide) if summed == -1 else (wide, high)
+        if stays and not goes and not any(other):
+            yield operand
+
+
+def _varies(numbers: Tensor, dim: int) -> bool:
+    """Whether entries that differ in their place along a dimension alone are of different rows."""
+    if not numbers.stride(dim) or numbers.shape[dim] < 2:
+        return False
+    return not torch.equal(numbers.narrow(dim, 0, 1).expand_as(numbers), numbers)
 
 
 def _moved(operation: Any, args: tuple[Any, ...], kwargs: Any, results: Sequence[Tensor]) -> list[Tensor]:

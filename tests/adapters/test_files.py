@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -299,3 +300,29 @@ class TestWriting:
         ordinary = saved[0].with_name("ordinary")
         ordinary.touch()
         assert saved[0].stat().st_mode == ordinary.stat().st_mode
+
+
+def test_an_update_has_the_scale_that_it_was_tuned_with_whatever_is_seen_of_the_model(tmp_path: Path) -> None:
+    config, path = SnellConfig(rank=4), tmp_path / "adapter.safetensors"
+    tuned = timm.create_model("test_vit", num_classes=3)
+    inject(tuned, config)
+    enlarge(tuned)
+    values = [f"blocks.{block}.attn.qkv.deltas.2" for block in range(len(tuned.blocks))]
+    assert [name for name, delta in deltas(tuned).items() if delta.of_values] == values
+    # As if attention had been written in a way that cannot be followed.
+    for name in values:
+        deltas(tuned)[name].of_values = False
+    save_adapter(path, tuned, config, "test_vit")
+    assert "value_updates" not in read_adapter(path)[1]
+    other = timm.create_model("test_vit", num_classes=3)
+    other.load_state_dict({name: tensor for name, tensor in tuned.state_dict().items() if "deltas" not in name})
+
+    load_adapter(path, other)
+
+    images = torch.randn(2, 3, 160, 160)
+    assert torch.equal(other.eval()(images), tuned.eval()(images))
+    deltas(tuned)[values[0]].of_values = True
+    save_adapter(path, tuned, config, "test_vit")
+    assert read_adapter(path)[1]["value_updates"] == values[:1]
+    load_adapter(path, other)
+    assert torch.equal(other(images), tuned(images))

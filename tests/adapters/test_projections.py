@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from typing import ClassVar
 
 import pytest
 import timm
@@ -29,6 +30,7 @@ class Attention(nn.Module):
 
     outputs = 3 * WIDTH
     expected: tuple[list[int], ...] = ()
+    values: ClassVar = {2}
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,10 +115,49 @@ class TorchsOwn(HeadByHead):
         return x + self.out(y.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 
+class Transposed(OneBelowTheOther):
+    """Attention with values from the left, `v^T A^T`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.mixed(x))
+        weights = (q @ k.transpose(-2, -1)).softmax(-1)
+        y = v.transpose(-2, -1) @ weights.transpose(-2, -1)
+        return x + self.out(y.permute(0, 3, 1, 2).reshape(*x.shape[:2], -1))
+
+
+class OfChannels(OneBelowTheOther):
+    """Averages channels, not tokens: each value goes to all of them."""
+
+    values: ClassVar = set()
+
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (part.transpose(-2, -1) for part in super().split(y))
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = attend(*self.split(self.mixed(x)))
+        return x + self.out(y.permute(0, 3, 1, 2).reshape(*x.shape[:2], -1))
+
+
+class TalkingHeads(OneBelowTheOther):
+    """A layer mixes the heads' weights, so that these are of its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.talk = nn.Linear(HEADS, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.mixed(x))
+        weights = (q @ k.transpose(-2, -1)).softmax(-1)
+        y = self.talk(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+        return x + self.out(y.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
 class Latent(nn.Module):
     """q is a parameter; one layer holds k and v."""
 
     expected = (rows(range(8)), rows(range(8, 16)))
+    values: ClassVar = {1}
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,6 +174,7 @@ class Latent(nn.Module):
 
 class GatedUnit(nn.Module):
     expected = (rows(range(8)), rows(range(8, 16)))
+    values: ClassVar = set()
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,6 +189,7 @@ class Branching(nn.Module):
     """Two halves that go separate ways and are not multiplied: one layer, with a gate that another layer makes."""
 
     expected = (rows(range(16)),)
+    values: ClassVar = set()
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,6 +202,7 @@ class Branching(nn.Module):
 
 class Perceptron(nn.Module):
     expected = (rows(range(32)),)
+    values: ClassVar = set()
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,6 +220,9 @@ LAYOUTS = [
     Rotary,
     Normed,
     TorchsOwn,
+    Transposed,
+    OfChannels,
+    TalkingHeads,
     Latent,
     GatedUnit,
     Branching,
@@ -188,8 +235,11 @@ class TestLayouts:
     def test_of_any_kind_and_name_are_seen(self, kind: type[nn.Module]) -> None:
         model = nn.Sequential(nn.Sequential(kind()))
         layers = adaptable_layers(model)
-        found = divide(model, layers, layers)
+        values: set[tuple[str, int]] = set()
+        found = divide(model, layers, layers, values=values)
         assert found["0.0.mixed"] == list(kind.expected)
+        # Attention averages them over the tokens.
+        assert values == {("0.0.mixed", place) for place in kind.values}
         assert all(len(parts) == 1 for name, parts in found.items() if name != "0.0.mixed")
 
     @pytest.mark.parametrize("kind", [HeadByHead, Unequal, Interleaved])

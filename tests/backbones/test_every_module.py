@@ -5,7 +5,7 @@ operand of the model's own attention has a gradient.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -87,16 +87,22 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 class Operands(TorchFunctionMode):
-    """Notes the operands of products of activations, as a plain model computes with them."""
+    """Notes the operands of products of activations, as a plain model computes with them.
+
+    Attributes:
+        seen: Each with its place among those of torch's own attention, of which the third are averaged; None of others.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Tensor] = []
+        self.seen: list[tuple[int | None, Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
-        if func is F.scaled_dot_product_attention or getattr(func, "__name__", "") in ("matmul", "__matmul__", "bmm"):
-            self.seen += tensors
+        if func is F.scaled_dot_product_attention:
+            self.seen += enumerate(tensors[:3])
+        elif getattr(func, "__name__", "") in ("matmul", "__matmul__", "bmm"):
+            self.seen += [(None, tensor) for tensor in tensors]
         return func(*args, **(kwargs or {}))
 
 
@@ -122,14 +128,17 @@ def leaves(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
             handle.remove()
 
 
-def rows_of_operands(model: nn.Module, names: list[str], images: Tensor) -> dict[str, set[frozenset[int]]]:
-    """For each layer the rows that single operands of attention depend on."""
+Places = dict[frozenset[int], set[int | None]]
+
+
+def rows_of_operands(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Places]:
+    """For each layer the rows that single operands of attention depend on, with the places of these operands."""
     layers = {name: model.get_submodule(name) for name in names}
-    found: dict[str, set[frozenset[int]]] = {name: set() for name in names}
+    found: dict[str, Places] = {name: {} for name in names}
     with leaves(layers) as outputs, Operands() as operands:
         logits(model, images)
     all_leaves = [(name, leaf) for name, several in outputs.items() for leaf in several]
-    for operand in operands.seen:
+    for place, operand in operands.seen:
         if not operand.requires_grad:
             continue
         weights = torch.randn(operand.shape, generator=torch.Generator().manual_seed(0))
@@ -141,11 +150,11 @@ def rows_of_operands(model: nn.Module, names: list[str], images: Tensor) -> dict
                 touched = grad.abs().movedim(dim, 0).flatten(1).sum(1)
                 rows = frozenset(touched.nonzero().flatten().tolist())
                 if rows:
-                    found[name].add(rows)
+                    found[name].setdefault(rows, set()).add(place)
     return found
 
 
-def smallest(parts: set[frozenset[int]]) -> list[frozenset[int]]:
+def smallest(parts: Iterable[frozenset[int]]) -> list[frozenset[int]]:
     return [part for part in parts if not any(other < part for other in parts)]
 
 
@@ -181,6 +190,10 @@ def test_holds_what_the_table_says(row: Row, caplog: pytest.LogCaptureFixture) -
         assert sum(map(len, updates)) == layer.out_features
         for part in smallest(operands[name]) if layer.in_features > 1 else ():
             assert part in updates, f"{name}: rows {sorted(part)[:8]}... are one operand and no update"
+            # Of several operands are the rows of a layer before one that is not called.
+            if None not in (places := operands[name][part]) and len(places) == 1:
+                averaged = layer.deltas[updates.index(part)].of_values
+                assert averaged == (places == {2}), f"{name}: rows {sorted(part)[:8]}... are operand {places}"
 
     # Large updates: the same gradients whatever is recomputed, and each of them reaches its adapter.
     torch.manual_seed(2)

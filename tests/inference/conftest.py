@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from snell_lightning import ImageClassifier, ImageDataModule, SnellConfig, save_adapter
 from snell_lightning.adapters import deltas
 
-CONFIG = SnellConfig(rank=4, sparsity=0.5)
+CONFIG = SnellConfig(rank=4, sparsity=0.5, scale=0.4)
 IMAGES = 40
 
 

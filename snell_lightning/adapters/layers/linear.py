@@ -5,7 +5,7 @@ are added as `deltas.0`, `deltas.1`, ... A fused `qkv` layer of 192 inputs and 5
 `(192, 192)`: the entries of q, k and v compete each among themselves.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,13 +44,19 @@ class SnellLinear(nn.Module):
         slices: The projections that the layer holds, each with an update of its own: their number, if they are equal
             row blocks, such as 3 for a fused qkv, the top block first; or the rows of each, in the updates' order.
         layers: Number of layers that are adapted with this one, for the automatic scale.
+        of_values: Places of those projections that attention averages, for the automatic scale.
 
     Raises:
         UserError: The layer is of another kind, or its outputs cannot be divided so.
     """
 
     def __init__(
-        self, linear: nn.Module, config: SnellConfig, slices: int | Sequence[Sequence[int]] = 1, layers: int = 1
+        self,
+        linear: nn.Module,
+        config: SnellConfig,
+        slices: int | Sequence[Sequence[int]] = 1,
+        layers: int = 1,
+        of_values: Collection[int] = (),
     ) -> None:
         super().__init__()
         reason = why_not_adaptable(linear)
@@ -64,7 +70,8 @@ class SnellLinear(nn.Module):
         self.requires_grad_(False)
         device = linear.weight.device
         self.deltas = nn.ModuleList(
-            SnellDelta(self.in_features, rows, config, device=device, layers=layers) for rows in sizes
+            SnellDelta(self.in_features, rows, config, device=device, layers=layers, of_values=place in of_values)
+            for place, rows in enumerate(sizes)
         )
         # Where updates do not lie one below the other: the row of the weight that each row of theirs belongs to.
         self.register_buffer("_order", None if order is None else order.to(device), persistent=False)

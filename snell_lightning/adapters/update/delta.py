@@ -32,6 +32,7 @@ class SnellDelta(nn.Module):
         device: Where the factors live.
         dtype: Type of the factors; fp32 unless there is a reason.
         layers: Number of layers that are adapted with this one, for the automatic scale.
+        of_values: Whether attention averages what the projection gives, for the automatic scale.
 
     Attributes:
         in_factors: Parameter `(pieces, in_features, rank / pieces)`.
@@ -48,6 +49,7 @@ class SnellDelta(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         layers: int = 1,
+        of_values: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -60,7 +62,8 @@ class SnellDelta(nn.Module):
                 nn.Parameter(torch.empty(1, device=device, dtype=dtype)) for _ in _MIXING
             )
         self.sparsity = config.sparsity
-        self.scale = config.layer_scale(in_features, layers)
+        self._layers = layers
+        self.of_values = of_values
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -75,6 +78,16 @@ class SnellDelta(nn.Module):
                     factors[1::2] = factors[::2]
         if self.config.starts_at_zero and self.config.kernel == "linear":
             nn.init.zeros_(self.out_factors)
+
+    @property
+    def of_values(self) -> bool:
+        """Whether attention averages what the projection gives; setting it sets the scale."""
+        return self._of_values
+
+    @of_values.setter
+    def of_values(self, value: bool) -> None:
+        self._of_values = value
+        self.scale = self.config.layer_scale(self.in_features, self._layers, value)
 
     @property
     def sparsity(self) -> float:

@@ -228,19 +228,22 @@ def evaluate(
     return LinearEvaluation(out_factors, in_factors)
 
 
-def automatic_scale(in_features: int, rank: int, sparsity: float, layers: int) -> float:
+def automatic_scale(in_features: int, rank: int, sparsity: float, layers: int, of_values: bool = False) -> float:
     """The distance kernel's coefficients: `240 / (in_features sqrt(rank layers (1 - sparsity)))`.
 
     So at rank 8 and sparsity 0.9 the 48 layers of a ViT with 12 blocks have 0.1 where they have 384 inputs. Where it
-    comes from is in docs/what-snell-needs.md.
+    comes from is in docs/what-snell-needs.md. Projections to attention's values have an eighth of it: attention
+    averages them over the tokens, and what all tokens have in common, which an update grows along, is not averaged
+    away.
 
     Args:
         in_features: Width of the layer's input.
         rank: Columns of the factors, over all pieces.
         sparsity: Fraction of the entries that loses, in [0, 1).
         layers: Number of layers that are adapted.
+        of_values: Whether attention averages what the projection gives.
     """
-    return 240 / (in_features * math.sqrt(rank * layers * (1 - sparsity)))
+    return (30 if of_values else 240) / (in_features * math.sqrt(rank * layers * (1 - sparsity)))
 
 
 def kernel_dtype(*tensors: Tensor) -> torch.dtype:

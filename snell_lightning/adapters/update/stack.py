@@ -33,9 +33,7 @@ class Stack:
     def together(self, *others: Tensor) -> bool:
         """Whether one launch serves all, if these are the matrices that it reads and writes."""
         first = self.rules[0]
-        alike = all(
-            (rule.kernel, rule.scale, rule.dense) == (first.kernel, first.scale, first.dense) for rule in self.rules
-        )
+        alike = all((rule.kernel, rule.dense) == (first.kernel, first.dense) for rule in self.rules)
         alike = alike and first.kernel in triton.KERNELS
         return alike and triton.applies(*self.factors) and all(other.dtype in triton.TYPES for other in others)
 
@@ -148,10 +146,10 @@ class Stack:
         return [None if rule.dense else next(left) for rule in self.rules]
 
     @property
-    def _settings(self) -> tuple[list[Tensor], list[Tensor], str, str, float]:
-        rule = self.rules[0]
+    def _settings(self) -> tuple[list[Tensor], list[Tensor], str, str, list[float]]:
+        rule, scales = self.rules[0], [rule.scale for rule in self.rules]
         kind = "none" if rule.dense else rule.sparsifier
-        return list(self.factors[::2]), list(self.factors[1::2]), rule.kernel, kind, rule.scale
+        return list(self.factors[::2]), list(self.factors[1::2]), rule.kernel, kind, scales
 
     def _write_together(
         self, out: Tensor, base: Tensor | None, factor: float, taus: Tensor | None, seed: Tensor | int | None

@@ -1,10 +1,11 @@
 """How an update starts: `random` as published, or exactly at zero and able to leave it."""
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
-from snell_lightning.adapters import SnellConfig, SnellDelta, SnellLinear, UserError, inject
+from snell_lightning.adapters import SnellConfig, SnellDelta, SnellLinear, UserError, deltas, inject
 from snell_lightning.adapters.update import loop
 
 SHAPES = [(5, 7), (64, 200), (512, 768)]
@@ -147,6 +148,19 @@ def test_every_layer_that_is_adapted_counts_for_the_scale() -> None:
     assert [layer.deltas[0].scale for layer in model[:3]] == [
         SnellDelta(32, 8, SnellConfig(rank=4), layers=3).scale
     ] * 3
+
+
+def test_projections_to_attentions_values_have_an_eighth_of_the_scale() -> None:
+    model = timm.create_model("test_vit", num_classes=3)
+
+    inject(model, SnellConfig(rank=4))
+
+    q, k, v = (delta.scale for delta in model.blocks[0].attn.qkv.deltas)
+    assert q == k == model.blocks[0].attn.proj.deltas[0].scale
+    assert v == q / 8
+    model = timm.create_model("test_vit", num_classes=3)
+    inject(model, SnellConfig(rank=4, scale=0.1))
+    assert {delta.scale for delta in deltas(model).values()} == {0.1}
 
 
 @pytest.mark.parametrize("sparsifier", ["magnitude", "soft"])

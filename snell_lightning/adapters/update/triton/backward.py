@@ -29,7 +29,7 @@ from snell_lightning.adapters.update.triton.table import PLACES, REDUCED, ROWS, 
 
 @triton.jit
 def _backward(
-    updates, programs, taus, scale, factor, order, grad, base, base_stride, partial, width,
+    updates, programs, taus, scales, factor, order, grad, base, base_stride, partial, width,
     REWRITE: tl.constexpr, PIECES: tl.constexpr, DISTANCE: tl.constexpr, SPARSIFIER: tl.constexpr, TYPE: tl.constexpr,
     ROWS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
@@ -46,6 +46,7 @@ def _backward(
     if SPARSIFIER != 3:
         tau = tl.load(taus + update)
 
+    scale = tl.load(scales + update)
     matrix = entries(p, q, height, width, columns, scale, rows, places, PIECES, DISTANCE)
     slope = slopes(matrix, tau, SPARSIFIER) * tl.load(at, mask=inside, other=0.0).to(tl.float32)
     slope = tl.where(inside, slope, 0.0)
@@ -56,6 +57,8 @@ def _backward(
             value += tl.load(here, mask=inside, other=0.0).to(tl.float32)
         tl.store(at, value.to(grad.dtype.element_ty), mask=inside)
 
+    if DISTANCE:
+        slope *= scale
     about = updates + 8 * update
     of_p = partial + tl.load(about + 6) + tl.program_id(1) * PIECES * height * columns
     of_q = partial + tl.load(about + 7) + block * PIECES * width * columns
@@ -103,7 +106,7 @@ def backward(
     grad: Tensor,
     base: Tensor | None,
     order: Tensor | None,
-    scale: float,
+    scales: Tensor,
     factor: float,
     rewrite: bool,
     pieces: int,
@@ -120,7 +123,7 @@ def backward(
         grad: `(out, in)`, contiguous; overwritten.
         base: As in `write`.
         order: As in `write`.
-        scale: As in `write`.
+        scales: As in `write`.
         factor: As in `write`.
         rewrite: Whether the update is wanted.
         pieces: As in `write`.
@@ -132,9 +135,8 @@ def backward(
     partial = torch.empty(table.partial, dtype=torch.float32, device=grad.device)
     stride = 0 if base is None else base.stride(0)
     _backward[(len(table.programs), -(-table.widest // PLACES))](
-        table.updates, table.programs, taus, scale, factor, order, grad, base, stride, partial, table.widest,
+        table.updates, table.programs, taus, scales, factor, order, grad, base, stride, partial, table.widest,
         REWRITE=rewrite, PIECES=pieces, DISTANCE=distance, SPARSIFIER=sparsifier, TYPE=kind, ROWS=ROWS, PLACES=PLACES,
         num_warps=WARPS,
     )  # fmt: skip
-    of_kernel = factor * scale if distance else factor
-    _reduce[(len(table.reductions),)](table.sums, table.reductions, partial, grads, of_kernel, BLOCK=REDUCED)
+    _reduce[(len(table.reductions),)](table.sums, table.reductions, partial, grads, factor, BLOCK=REDUCED)

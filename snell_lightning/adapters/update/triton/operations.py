@@ -18,7 +18,7 @@ from snell_lightning.adapters.update.triton.thresholds import thresholds
 from snell_lightning.adapters.update.triton.write import write
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_FACTORS = "Tensor[] p, Tensor[] q, str kernel, str sparsifier, float scale"
+_FACTORS = "Tensor[] p, Tensor[] q, str kernel, str sparsifier, float[] scales"
 _OPERATIONS = {
     "thresholds": "(Tensor[] p, Tensor[] q, str kernel, float[] scales, int[] ranks) -> Tensor",
     "write_all": f"({_FACTORS}, Tensor? taus, Tensor(a!) out, Tensor? base, Tensor? order, float factor,"
@@ -44,7 +44,7 @@ def _write(
     q: Sequence[Tensor],
     kernel: str,
     sparsifier: str,
-    scale: float,
+    scales: Sequence[float],
     taus: Tensor | None,
     out: Tensor,
     base: Tensor | None,
@@ -55,8 +55,9 @@ def _write(
 ) -> None:
     kind = len(p[0]), kernel == "distance", SPARSIFIERS[sparsifier], _TYPES[p[0].dtype]
     with _on(out.device):
+        numbers = _numbers(tuple(scales), torch.float32, out.device)
         table = make_table(where(p, q), out.device)
-        write(table, taus, out, base, order, scale, factor, *kind, number if seed is None else seed)
+        write(table, taus, out, base, order, numbers, factor, *kind, number if seed is None else seed)
 
 
 def _backward(
@@ -64,7 +65,7 @@ def _backward(
     q: Sequence[Tensor],
     kernel: str,
     sparsifier: str,
-    scale: float,
+    scales: Sequence[float],
     taus: Tensor | None,
     grad: Tensor,
     base: Tensor | None,
@@ -75,8 +76,9 @@ def _backward(
     grads = _grads(p, q)
     kind = len(p[0]), kernel == "distance", SPARSIFIERS[sparsifier], _TYPES[p[0].dtype]
     with _on(grad.device):
+        numbers = _numbers(tuple(scales), torch.float32, grad.device)
         table = make_table(where(p, q), grad.device)
-        backward(table, taus, grad, base, order, scale, factor, rewrite, *kind, grads)
+        backward(table, taus, grad, base, order, numbers, factor, rewrite, *kind, grads)
     return grads
 
 
@@ -111,7 +113,7 @@ def attempt(device: torch.device) -> None:
         Exception: Whatever Triton raises where it cannot.
     """
     p, q = torch.zeros(2, 1, 1, device=device), torch.ones(2, 1, 1, device=device)
-    settings = [p], [q], "distance", "hard", 1.0
+    settings = [p], [q], "distance", "hard", [1.0]
     taus = torch.ops.snell.thresholds([p], [q], "distance", [1.0], [1])
     matrix = torch.zeros(1, 1, device=device)
     torch.ops.snell.write_all(*settings, taus, matrix, None, None, 1.0)

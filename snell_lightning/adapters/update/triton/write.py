@@ -19,7 +19,7 @@ from snell_lightning.adapters.update.triton.table import PLACES, ROWS, WARPS, Ta
 
 @triton.jit(do_not_specialize=["number"])
 def _write(
-    updates, programs, taus, scale, factor, order, base, base_stride, out, width, seed, number,
+    updates, programs, taus, scales, factor, order, base, base_stride, out, width, seed, number,
     RANDOM: tl.constexpr, PIECES: tl.constexpr, DISTANCE: tl.constexpr, SPARSIFIER: tl.constexpr, TYPE: tl.constexpr,
     ROWS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
@@ -31,6 +31,7 @@ def _write(
     tau = 0.0
     if SPARSIFIER != 3:
         tau = tl.load(taus + update)
+    scale = tl.load(scales + update)
     value = survivors(entries(p, q, height, width, columns, scale, rows, places, PIECES, DISTANCE), tau, SPARSIFIER)
     value *= factor
     inside = (rows < height)[:, None] & (places < width)[None, :]
@@ -53,7 +54,7 @@ def write(
     out: Tensor,
     base: Tensor | None,
     order: Tensor | None,
-    scale: float,
+    scales: Tensor,
     factor: float,
     pieces: int,
     distance: bool,
@@ -69,7 +70,7 @@ def write(
         out: Contiguous.
         base: `(out, in)` of any floating type, with contiguous rows, or None for zero.
         order: The row of the weight that each row of the updates belongs to, or None where they are in turn.
-        scale: Size of the distance kernel's coefficients.
+        scales: Of each, the size of the distance kernel's coefficients, fp32.
         factor: What the update is multiplied with.
         pieces: Of the factors.
         distance: Whether the kernel is `distance`, not `linear`.
@@ -80,7 +81,7 @@ def write(
     """
     stride = 0 if base is None else base.stride(0)
     _write[(len(table.programs), -(-table.widest // PLACES))](
-        table.updates, table.programs, taus, scale, factor, order, base, stride, out, table.widest,
+        table.updates, table.programs, taus, scales, factor, order, base, stride, out, table.widest,
         seed if isinstance(seed, Tensor) else None, seed if isinstance(seed, int) else 2**32, RANDOM=seed is not None,
         PIECES=pieces, DISTANCE=distance, SPARSIFIER=sparsifier, TYPE=kind, ROWS=ROWS, PLACES=PLACES,
         num_warps=WARPS,

@@ -185,7 +185,7 @@ def test_thresholds_follow_every_way_of_changing_a_factor() -> None:
         known = tuned.thresholds.of(tuned)
         assert known is not None
         matrix = torch.empty(delta.out_features, delta.in_features)
-        operands = [delta.out_factors.detach()], [delta.in_factors.detach()], "distance", "none", delta.scale
+        operands = [delta.out_factors.detach()], [delta.in_factors.detach()], "distance", "none", [delta.scale]
         torch.ops.snell.write_all(*operands, None, matrix, None, None, 1.0)
         rank = delta.rule.rank(delta.out_factors, delta.in_factors)
         return bool(known[0] == matrix.abs().flatten().kthvalue(rank).values)

@@ -4,6 +4,7 @@ The interpreter runs each program's statements on arrays, so that what is checke
 addresses. That they compile for a GPU, and how, is checked in `test_ahead_of_time.py`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,20 +40,26 @@ def factors(heights: list[int], width: int, rank: int, pieces: int) -> tuple[lis
 def compared(
     p: list[Tensor], q: list[Tensor], rule: UpdateRule, base: Tensor | None, grad: Tensor, factor: float = 1.0
 ) -> None:
-    """Threshold, written matrix and gradients equal those of `UpdateRule`, called for one update after the other."""
+    """Threshold, written matrix and gradients equal those of `UpdateRule`, called for one update after the other.
+
+    Each update of the distance kernel has half of the scale of the one before it.
+    """
     width = q[0].shape[1]
-    settings = p, q, rule.kernel, "none" if rule.dense else rule.sparsifier, rule.scale
+    halved = rule.kernel == "distance"
+    rules = [replace(rule, scale=rule.scale / 2**number if halved else rule.scale) for number in range(len(p))]
+    scales = [rule.scale for rule in rules]
+    settings = p, q, rule.kernel, "none" if rule.dense else rule.sparsifier, scales
     taus = None
     if not rule.dense:
         ranks = [survivors_rank(each.shape[1] * width, rule.sparsity) for each in p]
-        taus = OPS.thresholds(p, q, rule.kernel, [rule.scale] * len(p), ranks)
+        taus = OPS.thresholds(p, q, rule.kernel, scales, ranks)
     written = torch.empty_like(grad)
     OPS.write_all(*settings, taus, written, base, None, factor)
     rewritten = grad.clone()
     grads = OPS.backward_all(*settings, taus, rewritten, base, None, factor, True)
 
     matrix, start, expected_grads = torch.empty(grad.shape), 0, []
-    for number, (of_p, of_q) in enumerate(zip(p, q, strict=True)):
+    for number, (rule, of_p, of_q) in enumerate(zip(rules, p, q, strict=True)):
         rows = slice(start, start + of_p.shape[1])
         start = rows.stop
         of_base = None if base is None else base[rows]
@@ -112,7 +119,7 @@ def test_a_threshold_is_the_very_entry_of_its_rank(sparsity: float) -> None:
 
     for number, (scale, rank) in enumerate(zip([0.3, 2.0], ranks, strict=True)):
         matrix = torch.empty(p[number].shape[1], 70)
-        OPS.write_all([p[number]], [q[number]], "distance", "none", scale, None, matrix, None, None, 1.0)
+        OPS.write_all([p[number]], [q[number]], "distance", "none", [scale], None, matrix, None, None, 1.0)
         assert taus[number] == matrix.abs().flatten().kthvalue(rank).values
 
 
@@ -145,7 +152,7 @@ def test_factors_at_no_distance_have_no_gradient_from_there() -> None:
 def test_a_factor_that_is_not_a_number_stays_visible() -> None:
     p, q = factors([20], 30, 4, 2)
     p[0][0, 3, 1] = torch.nan
-    settings = p, q, "distance", "hard", 1.0
+    settings = p, q, "distance", "hard", [1.0] * len(p)
 
     taus = OPS.thresholds(p, q, "distance", [1.0], [survivors_rank(600, 0.5)])
     written = torch.empty(20, 30)
@@ -160,7 +167,7 @@ def test_a_factor_that_is_not_a_number_stays_visible() -> None:
 def test_rows_that_do_not_lie_together_are_found() -> None:
     p, q = factors([8, 8], 12, 4, 2)
     order = torch.arange(16).view(8, 2).T.flatten()
-    settings = p, q, "distance", "none", 1.0, None
+    settings = p, q, "distance", "none", [1.0] * len(p), None
     in_turn, in_order = torch.empty(16, 12), torch.empty(16, 12)
     base, grad = torch.randn(16, 12), torch.randn(16, 12)
 
@@ -181,7 +188,7 @@ def test_golden_values_and_gradients(case: str, sparsity: float) -> None:
         return torch.from_numpy(arrays[f"{case}.{name}"])
 
     p, q = [golden("out_factors")], [golden("in_factors")]
-    settings = p, q, "distance", "magnitude" if sparsity else "none", 0.1
+    settings = p, q, "distance", "magnitude" if sparsity else "none", [0.1] * len(p)
     taus = OPS.thresholds(p, q, "distance", [0.1], [survivors_rank(32 * 56, sparsity)]) if sparsity else None
     delta = torch.empty(56, 32)
     OPS.write_all(*settings, taus, delta, None, None, 1.0)
@@ -198,7 +205,7 @@ def test_golden_values_and_gradients(case: str, sparsity: float) -> None:
 def test_rewriting_can_be_left_out() -> None:
     p, q = factors([20], 30, 4, 2)
     grad = torch.randn(20, 30)
-    settings = p, q, "distance", "none", 1.0, None
+    settings = p, q, "distance", "none", [1.0] * len(p), None
     kept = grad.clone()
 
     grads = OPS.backward_all(*settings, kept, None, None, 1.0, False)
@@ -210,7 +217,7 @@ def test_rewriting_can_be_left_out() -> None:
 @pytest.mark.parametrize("by_tensor", [False, True])
 def test_rounding_at_random_is_right_on_average(by_tensor: bool) -> None:
     p, q = factors([24], 40, 4, 2)
-    settings = p, q, "distance", "none", 1e-3, None
+    settings = p, q, "distance", "none", [1e-3] * len(p), None
     exact, base = torch.empty(24, 40), torch.randn(24, 40)
     OPS.write_all(*settings, exact, base, None, 1.0)
 
